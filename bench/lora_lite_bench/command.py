@@ -1,0 +1,171 @@
+"""`lora-lite bench`: the command line. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .run import Plan, Result
+
+
+@click.command(short_help="Train, save, reload and compare variants on a small language model.")
+@click.argument("variants", nargs=-1)
+@click.option("--quick", is_flag=True, help="Half the steps and fewer problems: a check that all works, not a result.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first run.")
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Runs per variant.")
+@click.option("--steps", type=click.IntRange(10), help="Training steps.  [default: 120; 60 with --quick]")
+@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant]")
+@click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
+@click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")
+@click.option("--base", type=click.Path(path_type=Path, file_okay=False), help="Folder of another base model.")
+@click.option("--make-base", is_flag=True, help="Train the base model anew, into --base (default lora-lite-base).")
+def bench(
+    variants: tuple[str, ...],
+    quick: bool,
+    seed: int,
+    seeds: int,
+    steps: int | None,
+    lr: float | None,
+    fields: tuple[str, ...],
+    out: Path,
+    base: Path | None,
+    make_base: bool,
+) -> None:
+    """Train VARIANTS (default: all installed) on a task that the base model cannot do, and compare them.
+
+    Every variant is attached, trained, scored by exact match of generated answers, saved, reloaded onto a fresh base
+    and checked to give the same logits. Needs no network. Prints a table and appends one line per run to results.jsonl.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+    from transformers.utils import logging
+
+    from .run import QUICK, Plan
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("highest")
+    console = Console()
+    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        if make_base:
+            _make_base(base or Path("lora-lite-base"), steps or 1500, seed, progress, console)
+            return
+        plan = QUICK if quick else Plan()
+        plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
+        results, failures = _run_all(_names(variants), _fields(fields), range(seed, seed + seeds), plan, progress, out)
+    scores = _base_scores(plan)
+    wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
+    wide.print(_table(results, scores, plan))
+    console.print(f"{len(results)} runs appended to {out}", highlight=False)
+    if failures:
+        raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
+
+
+def _names(asked: tuple[str, ...]) -> list[str]:
+    import lora_lite_core as ll
+
+    if asked:
+        return [ll.get_variant(name).name for name in asked]
+    return [info.name for info in ll.list_variants() if info.state == "ok"]
+
+
+def _fields(pairs: tuple[str, ...]) -> dict[str, Any]:
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not FIELD=VALUE, as in --set r=16")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
+def _make_base(folder: Path, steps: int, seed: int, progress: Progress, console: Console) -> None:
+    from . import base
+
+    scores = base.make_base(folder, steps=steps, seed=seed, progress=progress)
+    console.print(f"{folder}: {scores['own']:.1%} on its own task, {scores['shifted']:.1%} on the shifted one")
+
+
+def _run_all(
+    names: list[str], fields: dict[str, Any], seeds: range, plan: Plan, progress: Progress, out: Path
+) -> tuple[list[Result], dict[str, str]]:
+    import lora_lite_core as ll
+
+    from .run import run
+
+    results: list[Result] = []
+    failures: dict[str, str] = {}
+    overall = progress.add_task("runs", total=len(names) * len(seeds))
+    for name in names:
+        for seed in seeds:
+            bar = progress.add_task(name, total=plan.steps)
+            try:
+                result = run(
+                    name, fields, seed, plan, lambda text, bar=bar: progress.update(bar, advance=1, description=text)
+                )
+            except (ll.LoraLiteError, RuntimeError) as error:
+                failures[name] = str(error)
+            else:
+                results.append(result)
+                with out.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(result)}) + "\n")
+            progress.update(overall, advance=1)
+    return results, failures
+
+
+def _base_scores(plan: Plan) -> dict[str, float]:
+    from .base import exact_match, load_base
+    from .tasks import problems
+
+    model, tokenizer = load_base(plan.base)
+    own = exact_match(model, tokenizer, problems("own", "test", plan.test_problems, seed=0))
+    return {
+        "own": own,
+        "shifted": exact_match(model, tokenizer, problems("shifted", "test", plan.test_problems, seed=0)),
+    }
+
+
+def _table(results: list[Result], base: dict[str, float], plan: Plan) -> Table:
+    from rich.table import Table
+
+    from .summary import rows
+
+    table = Table(
+        title=f"shifted task, {plan.steps} steps; the base model scores {base['own']:.1%} on its own task "
+        f"and {base['shifted']:.1%} on this one",
+        caption=f"exact match of generated answers, {plan.test_problems} test problems; ± is one standard error",
+        title_style="bold",
+    )
+    heads = (
+        "variant",
+        "r",
+        "test %",
+        "valid %",
+        "trainable",
+        "MACs/token",
+        "fwd ms",
+        "bwd ms",
+        "init s",
+        "peak MB",
+        "reload error",
+    )
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in rows(results):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,34 @@
+# Everyday commands; `just` lists them. Each is one line that works without just, too.
+
+default:
+    @just --list
+
+# once after cloning: the git filter and hook that keep index addresses out of uv.lock
+setup:
+    git config filter.uvlock.clean "python3 tools/reduce_lock.py"
+    git config core.hooksPath tools/git-hooks
+
+test *arguments:
+    uv run pytest {{arguments}}
+
+# builds wheels and installs them into clean environments: minutes, needs a package index
+packaging:
+    uv run pytest -m packaging
+
+lint:
+    uv run ruff check .
+    uv run ruff format --check .
+    uv run pyright
+
+# before every commit
+check: lint test
+
+# resolve all versions anew and reduce the lock to pins
+lock:
+    rm -f uv.lock
+    uv lock
+    python3 tools/reduce_lock.py < uv.lock > uv.lock.reduced
+    mv uv.lock.reduced uv.lock
+
+wheels:
+    uv build --all-packages --wheel --out-dir dist

@@ -1,0 +1,116 @@
+"""The command line: `lora-lite variants`, `lora-lite inspect`, and what other packages add to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from importlib_metadata import EntryPoint, entry_points
+
+from .adapter_file import inspect as inspect_file
+from .errors import LoraLiteError, UnknownVariant, did_you_mean
+from .listing import describe
+from .registry import list_variants
+
+COMMANDS = "lora_lite.commands"
+
+
+class Commands(click.Group):
+    """The core's commands and those of the entry-point group `lora_lite.commands`, imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_installed()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        entry = _installed().get(cmd_name)
+        if own is not None or entry is None:
+            return own
+        try:
+            command = entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else entry.value
+            return _broken(
+                cmd_name, f"command '{cmd_name}' of {package} cannot be imported: {type(error).__name__}: {error}"
+            )
+        return (
+            command
+            if isinstance(command, click.Command)
+            else _broken(cmd_name, f"{entry.value} is not a click command")
+        )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known:
+            raise click.UsageError(
+                f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}"
+            )
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraLiteError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=COMMANDS)}
+
+
+def _broken(name: str, reason: str) -> click.Command:
+    def fail() -> None:
+        raise click.ClickException(reason)
+
+    return click.Command(name, callback=fail, short_help="(broken: cannot be imported)")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lora-lite-core", prog_name="lora-lite")
+def main() -> None:
+    """PyTorch adapters as plugins."""
+
+
+@main.command()
+@click.argument("pattern", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Import every variant and show what fails.")
+def variants(pattern: str | None, as_json: bool, check: bool) -> None:
+    """List the installed variants whose name matches PATTERN, as in 'ia3*'."""
+    found = list_variants(pattern, check=check)
+    click.echo(json.dumps(found.to_dicts(), indent=2) if as_json else repr(found))
+    if check and any(info.state != "ok" for info in found):
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("subject", metavar="FILE|VARIANT")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(subject: str, as_json: bool) -> None:
+    """Show what an adapter file holds, or what a variant is and how it is configured."""
+    if Path(subject).suffix or Path(subject).exists():
+        file = inspect_file(subject)
+        click.echo(json.dumps(file.to_dict(), indent=2) if as_json else str(file))
+        return
+    found = [info for info in list_variants() if info.name == subject]
+    if not found:
+        names = [info.name for info in list_variants()]
+        raise UnknownVariant(
+            f"'{subject}' is neither a file nor an installed variant{did_you_mean(subject, names)}\n"
+            f"  variants: {', '.join(names)}; adapter files end in .safetensors"
+        )
+    for info in found:
+        about = describe(info)
+        click.echo(json.dumps(about, indent=2) if as_json else _page(about))
+
+
+def _page(about: dict[str, Any]) -> str:
+    lines = [f"{about['name']}: {about['distribution']} {about['version']}, module {about['module']}, {about['state']}"]
+    lines += [about["detail"]] if about["detail"] else []
+    lines += ["", about["doc"], "", f"hooks: {', '.join(about['hooks'])}", f"config: {about['config']}"]
+    lines += [f"    {name} = {value}" for name, value in about["fields"].items()]
+    return "\n".join(lines)

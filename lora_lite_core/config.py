@@ -1,0 +1,178 @@
+"""AdapterConfig and LowRankConfig: what every config shares. Plain frozen dataclasses, JSON both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+ROLES = ("reader", "writer", "inner")
+# What other libraries call our fields: suggested when one of them is typed.
+OTHER_NAMES = {
+    "rank": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "target_names",
+    "exclude_modules": "exclude_names",
+    "layers_to_transform": "layers",
+    "use_rslora": "rslora",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every variant's config has.
+
+    dtype          of the adapter tensors; None is float32 (float64 on a float64 layer). "bfloat16" or torch.bfloat16
+    target_names   regular expressions (`re.search` on the full dotted name); () is every linear layer not excluded
+    exclude_names  regular expressions; the default also leaves out what `model.get_output_embeddings()` returns
+    target_roles   any of "reader", "writer", "inner" (by `model.config.hidden_size`); () is all
+    layers         block numbers, counted in the outermost ModuleList of a name; None is all
+
+    Round trip: `LoraLiteConfig(**cfg.to_dict()) == cfg`. Raises ConfigError on an unknown field or a bad value.
+    """
+
+    variant: ClassVar[str] = ""
+
+    dtype: str | torch.dtype | None = None
+    target_names: tuple[str, ...] = ()
+    exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
+    target_roles: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        # Here, because the generated __init__ would answer with a bare TypeError and no suggestion.
+        known = [f.name for f in fields(cls)]
+        if args:
+            first = "r" if "r" in known else known[0]
+            raise ConfigError(f"{cls.__name__} takes keyword arguments only, as in {cls.__name__}({first}=…)")
+        for name in given:
+            if name not in known:
+                other = OTHER_NAMES.get(name)
+                hint = f"; did you mean '{other}'?" if other in known else did_you_mean(name, known)
+                raise ConfigError(f"{cls.__name__} has no field '{name}'{hint}\n  fields: {', '.join(known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("target_names", "exclude_names", "target_roles"):
+            self._set(name, _strings(self, name))
+        if self.dtype is not None:
+            dtype = str(self.dtype).removeprefix("torch.")
+            if dtype not in FLOAT_DTYPES:
+                raise ConfigError(
+                    f"{type(self).__name__}(dtype={self.dtype!r}) is not a dtype for adapter tensors"
+                    f"{did_you_mean(dtype, FLOAT_DTYPES)}\n  dtypes: {', '.join(FLOAT_DTYPES)}, or None"
+                )
+            self._set("dtype", dtype)
+        for pattern in (*self.target_names, *self.exclude_names):
+            check_pattern(self, pattern)
+        for role in self.target_roles:
+            if role not in ROLES:
+                raise ConfigError(f"no role is called '{role}'{did_you_mean(role, ROLES)}\n  roles: {', '.join(ROLES)}")
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+                raise ConfigError(
+                    f"{type(self).__name__}(layers={self.layers!r}): give block numbers from 0, or None for all"
+                )
+            self._set("layers", layers)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types, with its variant's name under "variant"."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"variant": self.variant} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def for_target(self, name: str) -> Self:
+        """The config of the target with this dotted name."""
+        return self
+
+    def patterns_per_target(self) -> tuple[str, ...]:
+        """The patterns `for_target` tries; each must match a target."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """A config with a rank.
+
+    r              rank, at least 1
+    alpha          numerator of the scale alpha / r; None is r, so that the scale is 1
+    rank_pattern   {regular expression: r} for some targets; the first that matches the dotted name wins
+    alpha_pattern  {regular expression: alpha}, likewise
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ranks in (("r", [self.r]), ("rank_pattern", list(_mapping(self, "rank_pattern").values()))):
+            if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+                raise ConfigError(
+                    f"{type(self).__name__}({name}={getattr(self, name)!r}): a rank is a whole number of at least 1"
+                )
+        alphas = [] if self.alpha is None else [self.alpha]
+        for name, values in (("alpha", alphas), ("alpha_pattern", list(_mapping(self, "alpha_pattern").values()))):
+            if any(isinstance(a, bool) or not isinstance(a, (int, float)) or not a > 0 for a in values):
+                raise ConfigError(
+                    f"{type(self).__name__}({name}={getattr(self, name)!r}): alpha is a number above 0, or None for r"
+                )
+        for pattern in self.patterns_per_target():
+            check_pattern(self, pattern)
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, the factor of the low-rank product."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+    def for_target(self, name: str) -> Self:
+        changes: dict[str, Any] = {}
+        for key, table in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            for pattern, value in table.items():
+                if re.search(pattern, name):
+                    changes[key] = value
+                    break
+        return replace(self, **changes) if changes else self
+
+    def patterns_per_target(self) -> tuple[str, ...]:
+        return (*self.rank_pattern, *self.alpha_pattern)
+
+
+def overrides(cfg: AdapterConfig, of: AdapterConfig) -> dict[str, Any]:
+    """The fields in which a target's config `of` differs from the adapter's config, as plain JSON types."""
+    base = cfg.to_dict()
+    return {name: value for name, value in of.to_dict().items() if value != base[name]}
+
+
+def check_pattern(cfg: AdapterConfig, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{type(cfg).__name__}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _strings(cfg: AdapterConfig, name: str) -> tuple[str, ...]:
+    value = getattr(cfg, name)
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (tuple, list)) or not all(isinstance(item, str) for item in values):
+        raise ConfigError(f"{type(cfg).__name__}({name}={value!r}): give strings, as in {name}=('q_proj', 'v_proj')")
+    return tuple(values)
+
+
+def _mapping(cfg: AdapterConfig, name: str) -> Mapping[str, Any]:
+    value = getattr(cfg, name)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{type(cfg).__name__}({name}={value!r}): give a dict, as in {name}={{'q_proj': 16}}")
+    return value

@@ -1,0 +1,83 @@
+"""The typed errors. Each message says what was given, what exists, and what to type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraLiteError(Exception):
+    """Base of every error that lora-lite raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError's own __str__ would show the repr of the message, with \n escaped.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownVariant(LoraLiteError, KeyError):
+    """No installed package provides the variant."""
+
+
+class MissingPlugin(UnknownVariant, AttributeError):
+    """The variant or config class is known or asked for, but the package that provides it is not installed."""
+
+
+class BrokenPlugin(LoraLiteError, ImportError):
+    """A variant module cannot be imported or does not keep the contract."""
+
+
+class AmbiguousVariant(LoraLiteError):
+    """Two packages claim one name, or one name could mean two variants."""
+
+
+class ConfigError(LoraLiteError, TypeError, ValueError):
+    """A config has an unknown field or a value that makes no sense."""
+
+
+class TargetError(LoraLiteError, ValueError):
+    """The patterns, layers or roles of a config do not select what they ask for."""
+
+
+class UnsupportedLayer(LoraLiteError, TypeError):
+    """A layer cannot carry this adapter."""
+
+
+class AdapterNameError(LoraLiteError, ValueError):
+    """An adapter name is invalid, taken, or not attached."""
+
+
+class ModelStateError(LoraLiteError, RuntimeError):
+    """The model is compiled, sharded, wrapped or without weights, so that the call would go wrong silently."""
+
+
+class CalibrationError(LoraLiteError, ValueError):
+    """Calibration data is missing, not wanted, or cannot be read as often as needed."""
+
+
+class BaseMismatch(LoraLiteError, ValueError):
+    """The adapter file was made on another base model."""
+
+
+class AdapterFileError(LoraLiteError, ValueError):
+    """The file is not a complete lora-lite adapter that fits this model."""
+
+
+def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The known words most like `word`, best first; case is ignored."""
+    by_lower = {name.lower(): name for name in known}
+    return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, count, 0.6)]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the empty string when nothing is near."""
+    found = closest(word, known)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """The names, comma separated, shortened after `most` of them."""
+    words = [str(name) for name in names]
+    if not words:
+        return "none"
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,141 @@
+"""What the core knows about a base layer: its sizes, its frozen forward, its dense weight, and a sketch of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+PROBE_ROWS = 256  # identity rows per block when a weight is probed
+SKETCH_SIZE = 16  # projections of a sketch
+
+
+def layer_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear-like layer, None for any other module.
+
+    Read from in_features/out_features, or nx/nf (Hugging Face Conv1D); never from the shape of a weight, which
+    quantised layers pack.
+    """
+    for first, second in (("in_features", "out_features"), ("nx", "nf")):
+        d_in, d_out = getattr(layer, first, None), getattr(layer, second, None)
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return d_in, d_out
+    return None
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight is."""
+    return next((t.device for t in _tensors(layer)), torch.device("cpu"))
+
+
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of the layer's first floating-point tensor, float32 when it has none (packed quantised weights)."""
+    return next((t.dtype for t in _tensors(layer) if t.dtype in _FLOATS), torch.float32)
+
+
+def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """The frozen layer alone, without any hook: x (..., d_in) → (..., d_out), bias included."""
+    forward: Callable[[Tensor], Tensor] = layer.forward
+    return forward(x)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight as a (d_out, d_in) tensor that must not be written.
+
+    The weight itself for a plain nn.Linear; for every other linear-like layer (Conv1D, 4-bit, 8-bit …) it is probed
+    with identity blocks, its bias out of the way: exact, whatever the storage. Costs d_in rows through the layer.
+    """
+    if is_plain(layer):
+        return layer.weight.detach()
+    d_in, d_out = _sizes(layer)
+    dtype, device = layer_dtype(layer), layer_device(layer)
+    weight = torch.empty(d_out, d_in, dtype=dtype, device=device)
+    with torch.no_grad(), _without_bias(layer):
+        at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
+        for start in range(0, d_in, PROBE_ROWS):
+            rows = torch.zeros(min(PROBE_ROWS, d_in - start), d_in, dtype=dtype, device=device)
+            rows[:, start:].fill_diagonal_(1)
+            weight[:, start : start + len(rows)] = (base_forward(layer, rows) - at_zero).T
+    return weight
+
+
+def sketch(layer: nn.Module) -> Tensor:
+    """Sixteen fixed cosine projections uₖᵀ W vₖ (‖uₖ‖ = ‖vₖ‖ = 1) and the RMS of W as probed by them: (17,) float32.
+
+    It recognises a weight: it survives rounding to bfloat16 and float16, and tells other weights, permutations, sign
+    flips and a 1 % fine-tune apart. Quantised and other special layers are run on the sixteen rows, not unpacked.
+    """
+    d_in, d_out = _sizes(layer)
+    device = layer_device(layer)
+    rows = _cosines(SKETCH_SIZE, d_in, (math.sqrt(5) - 1) / 2).to(device)
+    columns = _cosines(SKETCH_SIZE, d_out, math.sqrt(2) - 1).to(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _without_bias(layer):
+        if is_plain(layer):
+            images = rows @ layer.weight.detach().to(rows.dtype).T
+        else:
+            dtype = layer_dtype(layer)
+            at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
+            images = (base_forward(layer, rows.to(dtype)) - at_zero).to(rows.dtype)
+        projections = (images * columns).sum(-1)
+        return torch.cat([projections, images.square().mean().sqrt().reshape(1)]).float()
+
+
+def storage_of(layer: nn.Module) -> str:
+    """How the layer keeps its weight: "dense" for floating point, "bnb-nf4", "bnb-int8" …, else the class name."""
+    kind = type(layer).__name__
+    weight = getattr(layer, "weight", None)
+    if kind == "Linear4bit":
+        return f"bnb-{getattr(weight, 'quant_type', '4bit')}"
+    if kind == "Linear8bitLt":
+        return "bnb-int8"
+    return (
+        "dense"
+        if isinstance(weight, nn.Parameter) and type(weight) is nn.Parameter and weight.dtype in _FLOATS
+        else kind
+    )
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.parameters(recurse=False)
+    yield from layer.buffers(recurse=False)
+    yield from (value for value in vars(layer).values() if isinstance(value, Tensor))  # HQQ keeps W_q as an attribute
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """An nn.Linear whose weight is what it looks like; subclasses of either may store it in another way."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    sizes = layer_sizes(layer)
+    assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
+    return sizes
+
+
+@contextmanager
+def _without_bias(layer: nn.Module) -> Iterator[None]:
+    """Zeros in the bias' place (Conv1D needs one), so that probing does not round weight plus bias."""
+    bias = layer._parameters.get("bias")
+    if bias is None:
+        yield
+        return
+    layer._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+    try:
+        yield
+    finally:
+        layer._parameters["bias"] = bias
+
+
+def _cosines(count: int, size: int, ratio: float) -> Tensor:
+    """(count, size) unit rows cos(ωₖ(i + ½)), the ωₖ spread over (0, π) by multiples of an irrational ratio."""
+    frequencies = math.pi * torch.remainder(ratio * torch.arange(1, count + 1, dtype=torch.float64), 1.0)
+    rows = torch.cos(frequencies[:, None] * (torch.arange(size, dtype=torch.float64) + 0.5))
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    return rows.float()

@@ -1,0 +1,112 @@
+"""What a model remembers of its adapters: on the model itself, by name, so that copies and pickles keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import AdapterConfig
+from .contract import Variant
+from .errors import AdapterNameError, did_you_mean, listed
+from .hooks import remove_entry, state_of
+
+RECORDS = "_lora_lite_adapters"
+
+
+@dataclass
+class TargetRecord:
+    """What the model remembers of one target: enough to save it and to take it off."""
+
+    d_in: int
+    d_out: int
+    cfg: AdapterConfig
+    attributes: dict[str, str]  # bare name → attribute of the layer
+    saved: tuple[str, ...]  # the bare names that go into a file
+    storage: str = "dense"
+    fingerprint: list[float] | None = None
+
+
+@dataclass
+class Record:
+    """What the model remembers of one adapter."""
+
+    variant: Variant
+    cfg: AdapterConfig
+    seed: int
+    ready: bool = True
+    targets: dict[str, TargetRecord] = field(default_factory=dict)
+
+
+@dataclass
+class Records:
+    """On the model, by name: its adapters, and the parameters that `attach` turned off."""
+
+    adapters: dict[str, Record] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+
+
+def records_of(model: nn.Module) -> Records:
+    return model.__dict__.get(RECORDS) or Records()
+
+
+def names_of(model: nn.Module, name: str | None) -> list[str]:
+    """The one name, or all of them for None; AdapterNameError when there is none."""
+    names = [name] if name is not None else list(records_of(model).adapters)
+    for one in names or ["default"]:
+        record_of(model, one)
+    return names
+
+
+def record_of(model: nn.Module, name: str) -> Record:
+    records = records_of(model).adapters
+    if name in records:
+        return records[name]
+    inner = [path for path, module in model.named_modules() if path and RECORDS in module.__dict__]
+    hint = f"\n  submodule '{inner[0]}' carries adapters: pass model.{inner[0]}" if inner else ""
+    raise AdapterNameError(
+        f"no adapter is called '{name}'{did_you_mean(name, records)}\n  attached: {listed(records)}{hint}"
+    )
+
+
+def remember(model: nn.Module, name: str, record: Record) -> None:
+    """Write the record on the model and freeze what is not an adapter."""
+    records = model.__dict__.setdefault(RECORDS, Records())
+    records.adapters[name] = record
+    ours = {id(p) for layer in model.modules() for p in _adapter_parameters(layer)}
+    for parameter_name, parameter in model.named_parameters():
+        if id(parameter) not in ours and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            records.frozen.append(parameter_name)
+
+
+def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    state = state_of(layer)
+    for entry in state.entries if state else ():
+        yield from (p for p in entry.params(layer).values() if isinstance(p, nn.Parameter))
+
+
+def forget(model: nn.Module, name: str) -> Record:
+    """Take the adapter's tensors and hooks off, and its record."""
+    record = records_of(model).adapters.pop(name)
+    for layer_name, target in record.targets.items():
+        layer = model.get_submodule(layer_name)
+        remove_entry(layer, name)
+        for attribute in target.attributes.values():
+            if hasattr(layer, attribute):  # not so where the user has replaced the whole layer
+                delattr(layer, attribute)
+    return record
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or "__" in name:
+        raise AdapterNameError(
+            f"{name!r} is not an adapter name; use letters, digits and single underscores, as in 'style_2'"
+        )
+    taken = records_of(model).adapters
+    if name in taken:
+        raise AdapterNameError(
+            f"an adapter called '{name}' is attached already; detach(model, '{name}') first, or give another name\n"
+            f"  attached: {listed(taken)}"
+        )

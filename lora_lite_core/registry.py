@@ -1,0 +1,189 @@
+"""Which variants there are. Reads package metadata and source text only: importing torch or a plugin is left to
+`get_variant`, so that listing is fast and survives a plugin that does not import."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from importlib_metadata import EntryPoint, entry_points
+
+from .errors import AmbiguousVariant, BrokenPlugin, LoraLiteError, MissingPlugin, UnknownVariant, did_you_mean, listed
+from .listing import VariantInfo, VariantList, config_name, read_source, summary_of
+
+if TYPE_CHECKING:
+    from .config import AdapterConfig
+    from .contract import Variant
+
+GROUP = "lora_lite.variants"
+# Only for the "pip install …" hint when a first-party package is missing.
+FIRST_PARTY = {
+    "lora": "lora-lite-lora",
+    "pissa": "lora-lite-svd",
+    "ia3": "lora-lite-ortho",
+    "ia3_ff": "lora-lite-ortho",
+}
+
+_registered: dict[str, Variant] = {}
+_loaded: dict[tuple[str, str], Variant] = {}
+
+
+def list_variants(pattern: str | None = None, *, check: bool = False) -> VariantList:
+    """The variants that entry points and `register` provide, sorted by name.
+
+    pattern  a shell pattern on the name, as in list_variants("ia3*")
+    check    import each one too, and report what fails; without it neither torch nor any plugin is imported
+    """
+    entries = _entry_points()
+    infos = [_info(entry, entries) for entry in entries]
+    infos += [_registered_info(variant) for variant in _registered.values()]
+    infos = [info for info in infos if pattern is None or fnmatch.fnmatchcase(info.name, pattern)]
+    if check:
+        infos = [_checked(info) for info in infos]
+    return VariantList(sorted(infos, key=lambda info: (info.name, info.distribution)))
+
+
+def get_variant(name: str) -> Variant:
+    """The checked variant of that name; imports its plugin.
+
+    Raises UnknownVariant, MissingPlugin, BrokenPlugin or AmbiguousVariant.
+    """
+    if name in _registered:
+        return _registered[name]
+    entries = [entry for entry in _entry_points() if entry.name == name]
+    if not entries:
+        raise _unknown(name)
+    allowed = [entry for entry in entries if not _blocked(entry)]
+    if not allowed:
+        raise UnknownVariant(f"variant '{name}' of {_dist(entries[0])[0]} is blocked by {_blocked(entries[0])}")
+    if len(allowed) > 1:
+        raise AmbiguousVariant(_claimed_twice(name, allowed))
+    entry = allowed[0]
+    key = (entry.name, entry.value)
+    if key not in _loaded:
+        from .contract import check_variant
+
+        try:
+            module = importlib.import_module(entry.value)
+        except Exception as error:
+            package, version = _dist(entry)
+            raise BrokenPlugin(
+                f"variant '{name}' of {package} {version} cannot be imported: {type(error).__name__}: {error}\n"
+                f"  its entry point says {entry.value}; try: pip install --upgrade {package}"
+            ) from error
+        _loaded[key] = check_variant(name, module, *_dist(entry))
+    return _loaded[key]
+
+
+def register(namespace: Any, *, name: str) -> Variant:
+    """Make a variant of any object that holds the contract's functions (a class with static methods, a module).
+
+    For notebooks and tests: the name is gone with the process. A name registered before is replaced; a name that an
+    installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
+    """
+    from .contract import check_variant
+
+    if owners := [_dist(entry)[0] for entry in _entry_points() if entry.name == name]:
+        raise AmbiguousVariant(f"variant '{name}' is provided by {listed(owners)}; register yours under another name")
+    _registered[name] = check_variant(name, namespace)
+    return _registered[name]
+
+
+def unregister(name: str) -> None:
+    """Take back a `register`."""
+    from .contract import forget
+
+    forget(_registered.pop(name).namespace)
+
+
+def config_class(attribute: str) -> type[AdapterConfig]:
+    """`PiSSAConfig` → the Config of 'pissa': `Config` and underscores dropped, case ignored."""
+    wanted = _squash(attribute.removesuffix("Config"))
+    names = sorted({entry.name for entry in _entry_points()} | set(_registered))
+    found = [name for name in names if _squash(name) == wanted]
+    if len(found) > 1:
+        raise AmbiguousVariant(f"{attribute} could mean {listed(found)}; use get_variant(name).Config")
+    if not found:
+        first_party = next((name for name in FIRST_PARTY if _squash(name) == wanted), None)
+        raise _unknown(first_party or attribute.removesuffix("Config").lower())
+    return get_variant(found[0]).Config
+
+
+def LoraLiteConfig(*, variant: str, **fields: Any) -> AdapterConfig:
+    """The typed config of a variant given by name: `LoraLiteConfig(variant="lora", r=8)`."""
+    return get_variant(variant).Config(**fields)
+
+
+def _squash(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _unknown(name: str) -> UnknownVariant:
+    if name in FIRST_PARTY:
+        return MissingPlugin(
+            f"variant '{name}' is in a package that is not installed; type: pip install {FIRST_PARTY[name]}"
+        )
+    names = sorted({entry.name for entry in _entry_points()} | set(_registered))
+    known = [*names, *FIRST_PARTY]
+    return MissingPlugin(f"no variant is called '{name}'{did_you_mean(name, known)}\n  installed: {listed(names, 40)}")
+
+
+def _entry_points() -> list[EntryPoint]:
+    return list(entry_points(group=GROUP))
+
+
+def _dist(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
+
+
+def _blocked(entry: EntryPoint) -> str:
+    """The environment switch that keeps this variant out, or "". Both switches take variant and package names."""
+    names = {entry.name, _dist(entry)[0]}
+    for switch, keeps_out in (("LORA_LITE_BLOCK", True), ("LORA_LITE_PLUGINS", False)):
+        value = os.environ.get(switch)
+        if value is not None and bool(names & {part.strip() for part in value.split(",")}) is keeps_out:
+            return f"{switch}={value}"
+    return ""
+
+
+def _claimed_twice(name: str, entries: Sequence[EntryPoint]) -> str:
+    owners = [" ".join(_dist(entry)) for entry in entries]
+    return (
+        f"variant '{name}' is claimed by {' and by '.join(owners)}; "
+        f"uninstall one of them, or set LORA_LITE_BLOCK={_dist(entries[-1])[0]}"
+    )
+
+
+def _info(entry: EntryPoint, entries: Sequence[EntryPoint]) -> VariantInfo:
+    package, version = _dist(entry)
+    summary, config, state, detail = "", "", "ok", ""
+    try:
+        tree = read_source(entry.value)
+        summary, config = summary_of(tree), config_name(tree)
+    except (OSError, SyntaxError, LoraLiteError) as error:
+        state, detail = "broken", str(error)
+    owners = [other for other in entries if other.name == entry.name and not _blocked(other)]
+    if switch := _blocked(entry):
+        state, detail = "blocked", switch
+    elif len(owners) > 1:
+        state, detail = "claimed twice", _claimed_twice(entry.name, owners)
+    return VariantInfo(entry.name, package, version, summary, state, detail, entry.value, config)
+
+
+def _registered_info(variant: Variant) -> VariantInfo:
+    doc = (variant.namespace.__doc__ or "").strip().partition("\n")[0]
+    return VariantInfo(variant.name, "(registered)", "", doc, "ok", config=variant.Config.__name__)
+
+
+def _checked(info: VariantInfo) -> VariantInfo:
+    if info.state != "ok":
+        return info
+    try:
+        get_variant(info.name)
+    except LoraLiteError as error:
+        return replace(info, state="broken", detail=str(error))
+    return info

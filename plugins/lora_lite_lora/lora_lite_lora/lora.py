@@ -1,0 +1,52 @@
+"""LoRA: a trainable low-rank product beside the frozen weight.
+
+    y = W x + b + s · B (A x),    s = alpha / r  (rslora: alpha / √r)
+
+A (r, d_in) starts as U(±1/√d_in), B (d_out, r) as zeros; both are trained. Identity at step 0 because B is zero.
+Needs nothing of the base. r (d_in + d_out) parameters and as many multiply-accumulates per token.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: LoRA, 2021, arXiv:2106.09685. Rank-stabilised scale (rslora):
+Kalajdzievski, 2023, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, lowrank_delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(LowRankConfig):
+    """Config of LoRA.
+
+    rslora  scale by alpha / √r instead of alpha / r: the update keeps its size when r grows
+    """
+
+    variant = "lora"
+
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.r) if self.rslora else alpha / self.r
+
+
+Config = LoRAConfig
+
+
+@hookimpl
+def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
+    return {
+        "lora_A": ParamSpec((cfg.r, d_in), init="kaiming_uniform", doc="directions in the input"),
+        "lora_B": ParamSpec((d_out, cfg.r), doc="what each direction adds to the output"),
+    }
+
+
+@hookimpl
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAConfig) -> Tensor:
+    return y + lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype)

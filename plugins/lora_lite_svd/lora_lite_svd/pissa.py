@@ -1,0 +1,72 @@
+"""PiSSA: LoRA that starts from the principal singular triplets of the weight.
+
+    published   y = W_res x + b + s · B (A x),   W_res = W − s B0 A0,   A0 = √(S/s) Vh,  B0 = U √(S/s)
+    here        y = W x + b + s · [ dB ((A0 + dA) x) + B0 (dA x) ],     A = A0 + dA,  B = B0 + dB,  s = alpha / r
+
+The two are equal, but here the weight is never written. A0 (r, d_in) and B0 (d_out, r) are frozen, the offsets dA and
+dB are trained from zero, which is why step 0 is the identity, and why weight decay pulls towards the base model and not
+towards a base without its principal part. Under Adam without weight decay the training is that of the published form.
+Reads the base's dense weight once, at attach; a file only fits the weights it was made on.
+r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token.
+
+Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lite_core import LowRankConfig, ParamSpec, TargetError, dense_weight, hookimpl, sketch, truncated_svd
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(LowRankConfig):
+    """Config of PiSSA. alpha only scales what is learnt: the start is the same for every alpha."""
+
+    variant = "pissa"
+
+
+Config = PiSSAConfig
+
+
+@hookimpl
+def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:
+    return {
+        "lora_A0": ParamSpec((cfg.r, d_in), trainable=False, doc="√(S/s) Vh of the r largest singular triplets"),
+        "lora_B0": ParamSpec((d_out, cfg.r), trainable=False, doc="U √(S/s)"),
+        "lora_dA": ParamSpec((cfg.r, d_in), doc="offset of A0"),
+        "lora_dB": ParamSpec((d_out, cfg.r), doc="offset of B0"),
+    }
+
+
+@hookimpl
+def init(layer: nn.Module, params: dict[str, Tensor], cfg: PiSSAConfig, name: str, generator: torch.Generator) -> None:
+    weight = dense_weight(layer)
+    if cfg.r > min(weight.shape):
+        raise TargetError(
+            f"{name} has {min(weight.shape)} singular values and cannot have r={cfg.r}; lower r or use rank_pattern"
+        )
+    U, S, Vh = truncated_svd(weight, cfg.r, generator)
+    root = (S / cfg.scale).sqrt()
+    params["lora_A0"].copy_(root[:, None] * Vh)
+    params["lora_B0"].copy_(U * root)
+
+
+@hookimpl
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: PiSSAConfig) -> Tensor:
+    A0, B0, dA, dB = (params[name].to(x.dtype) for name in ("lora_A0", "lora_B0", "lora_dA", "lora_dB"))
+    # Two matmuls: [h0; dh] = [A0; dA] x, then [dB, B0] [h0 + dh; dh].
+    h0, dh = F.linear(x, torch.cat([A0, dA])).split(cfg.r, dim=-1)
+    hidden = torch.cat([h0 + dh, dh], dim=-1)
+    if cfg.scale != 1.0:
+        hidden = hidden * cfg.scale
+    return y + F.linear(hidden, torch.cat([dB, B0], dim=1).to(hidden.dtype)).to(y.dtype)
+
+
+@hookimpl
+def fingerprint(layer: nn.Module) -> Tensor:
+    return sketch(layer)

@@ -1,0 +1,111 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from importlib_metadata import EntryPoint
+
+import lora_lite as ll
+from lora_lite_core import cli
+
+from .models import net
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_variants() -> None:
+    code, output = call("variants")
+    assert code == 0
+    assert output.strip() == repr(ll.list_variants())
+    assert call("variants", "ia3*")[1].splitlines()[-1].startswith("ia3_ff   lora-lite-ortho")
+
+
+def test_variants_json_and_check() -> None:
+    code, output = call("variants", "--json", "--check")
+    assert code == 0
+    rows = json.loads(output)
+    assert [row["name"] for row in rows] == ["ia3", "ia3_ff", "lora", "pissa"]
+    assert {"name", "distribution", "version", "summary", "state"} <= set(rows[0])
+
+
+def test_check_fails_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_LITE_BLOCK", "lora")
+    assert call("variants")[0] == 0
+    code, output = call("variants", "--check")
+    assert code == 1
+    assert "lora: LORA_LITE_BLOCK=lora" in output
+
+
+def test_inspect_variant() -> None:
+    code, output = call("inspect", "pissa")
+    assert code == 0
+    assert "Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948." in output
+    assert "hooks: param_specs, init, forward, fingerprint" in output
+    assert "    r = 8\n    alpha = None\n    rank_pattern = {}" in output
+    assert json.loads(call("inspect", "lora", "--json")[1])["fields"]["rslora"] == "False"
+
+
+def test_inspect_file(tmp_path: Path) -> None:
+    model = net()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="up_proj")).save(tmp_path / "a.safetensors")
+    code, output = call("inspect", str(tmp_path / "a.safetensors"))
+    assert code == 0
+    assert "lora (lora-lite-lora 0.1.0), 2 layers, 4 tensors, 160 numbers" in output
+    assert "layers.0.up_proj  16 → 24  dense  no          –           lora_A[2, 16]:F32 lora_B[24, 2]:F32" in output
+    assert json.loads(call("inspect", str(tmp_path / "a.safetensors"), "--json")[1])["variant"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("varants",),
+            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, inspect, variants",
+        ),
+        (("inspect", "lor"), "'lor' is neither a file nor an installed variant; did you mean 'lora'?"),
+        (("inspect", "none.safetensors"), "none.safetensors cannot be read: No such file"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    code, output = call(*arguments)
+    assert code != 0
+    assert message in output
+
+
+def test_commands_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def hello() -> None:
+        """Greets."""
+        click.echo("hello")
+
+    class Fine(EntryPoint):
+        def load(self) -> Any:
+            return hello
+
+    entries = {
+        "hello": Fine("hello", "x:y", cli.COMMANDS),
+        "sick": EntryPoint("sick", "surely_not_there:command", cli.COMMANDS),
+        "odd": EntryPoint("odd", "json:dumps", cli.COMMANDS),
+    }
+    monkeypatch.setattr(cli, "_installed", lambda: entries)
+    assert call("hello") == (0, "hello\n")
+    assert "Greets." in call("--help")[1]
+    code, output = call("sick")
+    assert code == 1
+    assert "command 'sick' of surely_not_there:command cannot be imported: ModuleNotFoundError" in output
+    assert "(broken: cannot be imported)" in call("--help")[1]
+    assert "json:dumps is not a click command" in call("odd")[1]
+
+
+def test_version() -> None:
+    assert call("--version")[1] == f"lora-lite, version {ll.__version__}\n"

@@ -1,0 +1,82 @@
+"""Configs: unknown fields, bad values, JSON both ways, per-target fields."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+CONFIGS = [
+    ll.LoRAConfig(r=4, alpha=8, rslora=True, target_names=("q_proj",), layers=(0, 1), dtype="bfloat16"),
+    ll.PiSSAConfig(r=3, rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 2.0}),
+    ll.IA3Config(target_roles=("reader",)),
+    ll.IA3FFConfig(exclude_names=()),
+]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.variant)
+def test_json_round_trip(cfg: ll.AdapterConfig) -> None:
+    assert ll.LoraLiteConfig(**json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_by_name_is_the_typed_config() -> None:
+    assert type(ll.LoraLiteConfig(variant="pissa", r=2)) is ll.PiSSAConfig
+
+
+def test_a_string_is_one_pattern_and_a_number_one_block() -> None:
+    cfg = ll.LoRAConfig(target_names="q_proj", layers=1)
+    assert cfg.target_names == ("q_proj",)
+    assert cfg.layers == (1,)
+
+
+def test_dtype_may_be_a_torch_dtype() -> None:
+    assert ll.LoRAConfig(dtype=torch.bfloat16).dtype == "bfloat16"
+
+
+def test_scale() -> None:
+    assert ll.LoRAConfig(r=4).scale == 1.0
+    assert ll.LoRAConfig(r=4, alpha=8).scale == 2.0
+    assert ll.LoRAConfig(r=4, alpha=8, rslora=True).scale == 4.0
+    assert ll.LoRAConfig(r=4, rslora=True).scale == 2.0
+
+
+def test_first_matching_pattern_wins() -> None:
+    cfg = ll.LoRAConfig(r=8, rank_pattern={"layers.0.*q_proj": 2, "q_proj": 4}, alpha_pattern={"v_proj": 16})
+    assert [cfg.for_target(name).r for name in ("layers.0.q_proj", "layers.1.q_proj", "layers.0.v_proj")] == [2, 4, 8]
+    assert cfg.for_target("layers.0.v_proj").alpha == 16
+    assert cfg.for_target("layers.0.o_proj") is cfg
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ll.LoRAConfig(rank=4), "LoRAConfig has no field 'rank'; did you mean 'r'?\n  fields: dtype"),
+        (lambda: ll.LoRAConfig(target_modules=["q"]), "has no field 'target_modules'; did you mean 'target_names'?"),
+        (lambda: ll.IA3Config(rank=4), "IA3Config has no field 'rank'\n  fields: dtype"),
+        (lambda: ll.LoRAConfig(target_name="q"), "LoRAConfig has no field 'target_name'; did you mean 'target_names'?\n  fields: dtype"),
+        (lambda: ll.IA3Config(alpha=2), "IA3Config has no field 'alpha'"),
+        (lambda: ll.LoRAConfig(8), "LoRAConfig takes keyword arguments only, as in LoRAConfig(r=…)"),
+        (lambda: ll.LoRAConfig(r=0), "LoRAConfig(r=0): a rank is a whole number of at least 1"),
+        (lambda: ll.LoRAConfig(r="8"), "LoRAConfig(r='8'): a rank is a whole number"),
+        (lambda: ll.LoRAConfig(r=True), "LoRAConfig(r=True): a rank is a whole number"),
+        (lambda: ll.LoRAConfig(alpha=-1), "LoRAConfig(alpha=-1): alpha is a number above 0"),
+        (lambda: ll.LoRAConfig(rank_pattern={"q": 0}), "LoRAConfig(rank_pattern={'q': 0}): a rank"),
+        (lambda: ll.LoRAConfig(alpha_pattern={"q": "x"}), "LoRAConfig(alpha_pattern={'q': 'x'}): alpha is a number"),
+        (lambda: ll.LoRAConfig(rank_pattern=["q"]), "LoRAConfig(rank_pattern=['q']): give a dict"),
+        (lambda: ll.LoRAConfig(target_names=("q(",)), "LoRAConfig: 'q(' is not a regular expression"),
+        (lambda: ll.LoRAConfig(target_names=3), "LoRAConfig(target_names=3): give strings"),
+        (lambda: ll.LoRAConfig(dtype="float23"), "LoRAConfig(dtype='float23') is not a dtype for adapter tensors; did you mean 'float32'?"),
+        (lambda: ll.LoRAConfig(dtype=torch.int8), "is not a dtype for adapter tensors"),
+        (lambda: ll.LoRAConfig(target_roles=("writter",)), "no role is called 'writter'; did you mean 'writer'?\n  roles: reader"),
+        (lambda: ll.LoRAConfig(layers=(-1,)), "LoRAConfig(layers=(-1,)): give block numbers from 0"),
+        (lambda: ll.LoRAConfig(layers=()), "give block numbers from 0, or None for all"),
+        (lambda: ll.LoraLiteConfig(variant="lora", rr=1), "LoRAConfig has no field 'rr'"),
+    ],
+)  # fmt: skip
+def test_bad_values(make: object, message: str) -> None:
+    with pytest.raises(ll.ConfigError) as caught:
+        make()
+    assert message in str(caught.value)

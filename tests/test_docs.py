@@ -1,0 +1,125 @@
+"""Documentation is code: what README shows is run as printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+from .models import net, token_ids, train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_quickstart_and_what_else_there_is(in_a_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart, more, _ = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(quickstart, "README quickstart", "exec"), names)
+    assert (in_a_folder / "adapter.safetensors").exists()
+    exec(compile(more, "README, what else there is", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "<Adapter 'default': pissa, r=8, 14 layers" in printed
+    assert "{'style': <Adapter 'style': lora" in printed
+    assert "variant  package" in printed
+
+
+def test_the_variant_in_the_readme_works(registered, tmp_path: Path) -> None:
+    module = types.ModuleType("lora_lite_gained")
+    sys.modules["lora_lite_gained"] = module  # dataclasses looks its module up
+    try:
+        exec(compile(blocks("python")[2], "README variant", "exec"), vars(module))
+        registered(module, name="gained")
+        model = net()
+        base = model(token_ids())
+        adapter = ll.attach(model, ll.GainedConfig(r=2, spread=0.5))
+        assert torch.equal(model(token_ids()), base)
+        train(model, adapter)
+        assert all(float(t.detach().abs().sum()) > 0 for _, t in adapter.named_tensors())
+        trained = model(token_ids())
+        adapter.save(tmp_path / "a.safetensors")
+        fresh = net()
+        ll.load(fresh, tmp_path / "a.safetensors")
+        assert torch.equal(fresh(token_ids()), trained)
+    finally:
+        del sys.modules["lora_lite_gained"]
+
+
+def test_the_table_of_functions_is_the_contract() -> None:
+    import inspect
+
+    from lora_lite_core import hookspecs
+    from lora_lite_core.contract import HOOKS
+
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", README, flags=re.M)
+    assert [name for name, _ in rows] == list(HOOKS)
+    for name, arguments in rows:
+        assert arguments.split(", ") == list(inspect.signature(getattr(hookspecs, name)).parameters)
+
+
+def test_named_helpers_and_inits_exist() -> None:
+    from lora_lite_core.spec import NAMED_INITS
+
+    for name in (
+        "lowrank_delta",
+        "truncated_svd",
+        "calibration_batches",
+        "run_batch",
+        "sketch",
+        "dense_weight",
+        "base_forward",
+    ):
+        assert name in ll.__all__
+        assert f"`{name}" in README or f"`{name}(" in README
+    assert re.search(r"named init \(([^)]*)\)", README)[1] == ", ".join(f"`{name}`" for name in NAMED_INITS)
+
+
+def test_the_package_table_is_what_the_packages_provide() -> None:
+    rows = dict(re.findall(r"^\| `(lora-lite-\w+)` \| (.*) \|$", README, flags=re.M))
+    provided: dict[str, list[str]] = {}
+    for info in ll.list_variants():
+        provided.setdefault(info.distribution, []).append(f"`{info.name}`")
+    for package, names in provided.items():
+        assert rows[package] == ", ".join(names)
+
+
+@pytest.mark.parametrize("command", re.findall(r"`(lora-lite (?:variants|inspect)[^`]*)`", README))
+def test_commands_in_the_readme(command: str, in_a_folder: Path) -> None:
+    if "VARIANT" in command:
+        command = command.replace("VARIANT", "ia3")
+    if ".safetensors" in command:
+        ll.attach(net(), ll.LoRAConfig()).save("adapter.safetensors")
+    command = command.replace("lora-lite", f"{sys.executable} -m lora_lite_core", 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_point_to_files() -> None:
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_example_readme_shows_its_row() -> None:
+    import ast
+
+    example = ROOT / "examples/lora-lite-scale"
+    docstring = ast.get_docstring(ast.parse((example / "lora_lite_scale/__init__.py").read_text(encoding="utf-8")))
+    assert f"scale    lora-lite-scale 0.3.0  ok     {docstring}" in (example / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,121 @@
+"""What imports cost and what they do not pull in; each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import lora_lite_core
+
+PLUGINS = ("lora_lite_lora", "lora_lite_svd", "lora_lite_ortho")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that the code leaves imported."""
+    return set(
+        json.loads(
+            python(
+                f"import sys, json\n{code}\nprint('\\n' + json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+            ).splitlines()[-1]
+        )
+    )
+
+
+def test_listing_imports_neither_torch_nor_plugins() -> None:
+    code = """
+import lora_lite as ll, lora_lite_core
+repr(ll.list_variants()); "pissa" in ll.list_variants(); ll.list_variants()[0].summary; dir(ll)
+from lora_lite_core.cli import main
+main(["variants"], standalone_mode=False); main(["variants", "--json"], standalone_mode=False); main(["inspect", "pissa"], standalone_mode=False)
+"""
+    assert not loaded_by(code) & {"torch", "numpy", "transformers", "rich", *PLUGINS}
+
+
+def test_inspecting_a_file_imports_no_torch(tmp_path) -> None:
+    import lora_lite as ll
+
+    from .models import net
+
+    ll.attach(net(), ll.LoRAConfig()).save(tmp_path / "a.safetensors")
+    code = f"import lora_lite as ll\nstr(ll.inspect({str(tmp_path / 'a.safetensors')!r}))"
+    assert not loaded_by(code) & {"torch", "numpy", *PLUGINS}
+
+
+def test_the_core_never_imports_heavy_packages() -> None:
+    code = """
+import torch, lora_lite as ll
+for name in ll.__all__: getattr(ll, name)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+ll.attach(model, ll.PiSSAConfig(r=2)); model(torch.zeros(1, 4)); ll.detach(model)
+"""
+    assert not loaded_by(code) & {"transformers", "bitsandbytes", "datasets", "peft", "accelerate", "rich"}
+
+
+def test_importing_the_core_costs_next_to_nothing() -> None:
+    code = """
+import sys, time
+start = time.process_time()
+import lora_lite_core
+print(time.process_time() - start, "torch" in sys.modules)
+"""
+    runs = [python(code).split() for _ in range(3)]
+    assert all(torch == "False" for _, torch in runs)
+    assert min(float(seconds) for seconds, _ in runs) < 0.05
+
+
+def test_everything_but_torch_costs_less_than_50_ms() -> None:
+    code = """
+import time, torch
+start = time.process_time()
+import lora_lite as ll
+for name in ll.__all__: getattr(ll, name)
+print(time.process_time() - start)
+"""
+    once = "import safetensors.torch, pluggy, importlib_metadata\n"  # dependencies, measured apart below
+    seconds = min(float(python(once + code)) for _ in range(3))
+    assert seconds < 0.05
+
+
+def test_the_command_line_answers_at_once() -> None:
+    code = """
+import time
+start = time.process_time()
+from lora_lite_core.cli import main
+main(["variants"], standalone_mode=False)
+print(time.process_time() - start)
+"""
+    assert min(float(python(code).splitlines()[-1]) for _ in range(3)) < 0.4
+
+
+def test_names_resolve_to_one_object_through_both_packages() -> None:
+    python("""
+import lora_lite, lora_lite_core
+names = [*lora_lite_core.__all__, "LoRAConfig", "PiSSAConfig", "IA3Config", "IA3FFConfig", "__version__"]
+for name in names:
+    first, second = getattr(lora_lite, name), getattr(lora_lite, name)
+    assert first is second and first is getattr(lora_lite_core, name), name
+""")
+
+
+def test_no_public_name_is_a_submodule() -> None:
+    import pkgutil
+
+    modules = {module.name for module in pkgutil.iter_modules(lora_lite_core.__path__)}
+    assert not modules & set(lora_lite_core.__all__)
+
+
+def test_names_for_type_checkers_are_the_names_at_run_time() -> None:
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(lora_lite_core.__file__).read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = {alias.name: line.module for line in guarded.body for alias in line.names}
+    assert declared == lora_lite_core._HOME
