@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train, save, reload and compare variants on a small language model.")
 @click.argument("variants", nargs=-1)
-@click.option("--quick", is_flag=True, help="Half the steps and fewer problems: a check that all works, not a result.")
+@click.option("--quick", is_flag=True, help="Few steps and problems: a check that all works, not a result.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first run.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Runs per variant.")
-@click.option("--steps", type=click.IntRange(10), help="Training steps.  [default: 120; 60 with --quick]")
+@click.option("--steps", type=click.IntRange(10), help="Training steps.  [default: 120; 30 with --quick]")
 @click.option("--lr", type=float, help="Learning rate for all.  [default: per variant]")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")

@@ -42,7 +42,7 @@ class Plan:
     base: Path = PACKAGED
 
 
-QUICK = Plan(steps=60, test_problems=400, valid_problems=100)
+QUICK = Plan(steps=30, test_problems=200, valid_problems=100)
 
 
 @dataclass
