@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .contract import Variant
-from .errors import BrokenPlugin
+from .errors import BrokenPlugin, LoraLiteError
 from .layers import layer_dtype
 from .spec import ParamSpec
 
@@ -18,8 +18,11 @@ from .spec import ParamSpec
 def specs_for(
     variant: Variant, name: str, layer: nn.Module, d_in: int, d_out: int, cfg: AdapterConfig
 ) -> dict[str, ParamSpec]:
-    """The checked parameter specs of one layer."""
-    specs = variant.param_specs({"d_in": d_in, "d_out": d_out, "cfg": cfg, "layer": layer})
+    """The checked parameter specs of one layer. What the variant raises is raised with the layer's name before it."""
+    try:
+        specs = variant.param_specs({"d_in": d_in, "d_out": d_out, "cfg": cfg, "layer": layer})
+    except LoraLiteError as error:  # a variant refuses a layer; it does not know its name
+        raise type(error)(f"{name}: {error}") from error
     label = f"param_specs of variant '{variant.name}' for {name}"
     if not isinstance(specs, Mapping) or not all(isinstance(spec, ParamSpec) for spec in specs.values()):
         raise BrokenPlugin(f"{label} returned {specs!r}; return a dict of name: ParamSpec(…)")

@@ -460,6 +460,24 @@ def test_wrapped_models_are_refused() -> None:
     assert "wraps the model already" in refusal(nn.DataParallel(net()))
 
 
+def test_sharded_models_are_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = net()
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ll.ModelStateError) as caught:
+            ll.attach(model, ll.LoRAConfig())
+        assert "is sharded (a DTensor of FSDP2 or tensor parallelism)" in str(caught.value)
+        assert not any("lora" in name for name in model.state_dict())
+        wrapped = torch.nn.parallel.DistributedDataParallel(net())
+        assert "(DistributedDataParallel) wraps the model already" in refusal(wrapped)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_inference_mode_is_refused() -> None:
     with torch.inference_mode(), pytest.raises(ll.ModelStateError, match="attach outside of it"):
         ll.attach(net(), ll.LoRAConfig())

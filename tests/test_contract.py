@@ -185,6 +185,23 @@ def test_wrong_specs(registered: Any, toy: SimpleNamespace, specs: Any, message:
     assert snapshot(model) == before
 
 
+def test_a_layer_that_the_variant_refuses_is_named(registered: Any, toy: SimpleNamespace) -> None:
+    @hookimpl
+    def param_specs(d_out: int) -> dict[str, ll.ParamSpec]:
+        if d_out == 24:
+            raise ll.UnsupportedLayer("Toy: 24 outputs are too many; use exclude_names")
+        return {"lora_h": ll.ParamSpec((d_out,))}
+
+    toy.param_specs = param_specs
+    registered(toy, name="toy")
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ll.UnsupportedLayer) as caught:
+        ll.attach(model, toy.Config())
+    assert str(caught.value) == "layers.0.up_proj: Toy: 24 outputs are too many; use exclude_names"
+    assert snapshot(model) == before
+
+
 def test_init_that_replaces_instead_of_filling(registered: Any, toy: SimpleNamespace) -> None:
     @hookimpl
     def init(params: dict[str, Tensor]) -> None:
