@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter, adapters, attach, detach, disabled
     from .adapter_file import AdapterFile, inspect
     from .calibrate import calibration_batches, run_batch
-    from .config import AdapterConfig, LowRankConfig
+    from .config import AdapterConfig, LowRankConfig, RankConfig
     from .errors import (
         AdapterFileError,
         AdapterNameError,
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .files import load, save
     from .hookspecs import hookimpl
     from .install import Target
-    from .layers import base_forward, dense_weight, sketch
-    from .lowrank import lowrank_delta, truncated_svd
+    from .layers import base_forward, dense_weight, layer_dtype, sketch
+    from .lowrank import cayley_offset, lowrank_delta, skew, truncated_svd
     from .registry import LoraLiteConfig, get_variant, list_variants, register, unregister
     from .spec import ParamSpec
 
@@ -40,7 +40,7 @@ _MODULES = {
     "adapter": ("Adapter", "adapters", "attach", "detach", "disabled"),
     "adapter_file": ("AdapterFile", "inspect"),
     "calibrate": ("calibration_batches", "run_batch"),
-    "config": ("AdapterConfig", "LowRankConfig"),
+    "config": ("AdapterConfig", "LowRankConfig", "RankConfig"),
     "errors": (
         "AdapterFileError",
         "AdapterNameError",
@@ -59,8 +59,8 @@ _MODULES = {
     "files": ("load", "save"),
     "hookspecs": ("hookimpl",),
     "install": ("Target",),
-    "layers": ("base_forward", "dense_weight", "sketch"),
-    "lowrank": ("lowrank_delta", "truncated_svd"),
+    "layers": ("base_forward", "dense_weight", "layer_dtype", "sketch"),
+    "lowrank": ("cayley_offset", "lowrank_delta", "skew", "truncated_svd"),
     "registry": ("LoraLiteConfig", "get_variant", "list_variants", "register", "unregister"),
     "spec": ("ParamSpec",),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .checks import check_attachable, check_calibration, check_has_weights, variant_of
-from .config import AdapterConfig, LowRankConfig
+from .config import AdapterConfig, RankConfig
 from .errors import CalibrationError, ModelStateError
 from .hooks import state_of
 from .install import found_again, install, making_room
@@ -88,7 +88,7 @@ class Adapter:
         record = self.record
         trained = sum(p.numel() for p in self.parameters())
         total = sum(p.numel() for p in self.model.parameters())
-        ranks = sorted({target.cfg.r for target in record.targets.values() if isinstance(target.cfg, LowRankConfig)})
+        ranks = sorted({target.cfg.r for target in record.targets.values() if isinstance(target.cfg, RankConfig)})
         rank = f", r={'–'.join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))}" if ranks else ""
         return (
             f"<Adapter '{self.name}': {record.variant.name}{rank}, {count(len(record.targets), 'layer')}, "

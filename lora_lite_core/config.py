@@ -1,4 +1,4 @@
-"""AdapterConfig and LowRankConfig: what every config shares. Plain frozen dataclasses, JSON both ways."""
+"""AdapterConfig, RankConfig and LowRankConfig: what configs share. Plain frozen dataclasses, JSON both ways."""
 
 from __future__ import annotations
 
@@ -102,19 +102,15 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(AdapterConfig):
+class RankConfig(AdapterConfig):
     """A config with a rank.
 
-    r              rank, at least 1
-    alpha          numerator of the scale alpha / r; None is r, so that the scale is 1
-    rank_pattern   {regular expression: r} for some targets; the first that matches the dotted name wins
-    alpha_pattern  {regular expression: alpha}, likewise
+    r             rank, at least 1
+    rank_pattern  {regular expression: r} for some targets; the first that matches the dotted name wins
     """
 
     r: int = 8
-    alpha: float | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,31 +119,52 @@ class LowRankConfig(AdapterConfig):
                 raise ConfigError(
                     f"{type(self).__name__}({name}={getattr(self, name)!r}): a rank is a whole number of at least 1"
                 )
+        for pattern in self.patterns_per_target():
+            check_pattern(self, pattern)
+
+    def for_target(self, name: str) -> Self:
+        changes = {key: match for key, table in self._tables() if (match := _first(table, name)) is not None}
+        return replace(self, **changes) if changes else self
+
+    def patterns_per_target(self) -> tuple[str, ...]:
+        return tuple(pattern for _, table in self._tables() for pattern in table)
+
+    def _tables(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        return (("r", self.rank_pattern),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(RankConfig):
+    """A config with a rank and a scale.
+
+    alpha          numerator of the scale alpha / r; None is r, so that the scale is 1
+    alpha_pattern  {regular expression: alpha} for some targets; the first that matches the dotted name wins
+    """
+
+    alpha: float | None = None
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         alphas = [] if self.alpha is None else [self.alpha]
         for name, values in (("alpha", alphas), ("alpha_pattern", list(_mapping(self, "alpha_pattern").values()))):
             if any(isinstance(a, bool) or not isinstance(a, (int, float)) or not a > 0 for a in values):
                 raise ConfigError(
                     f"{type(self).__name__}({name}={getattr(self, name)!r}): alpha is a number above 0, or None for r"
                 )
-        for pattern in self.patterns_per_target():
-            check_pattern(self, pattern)
+        super().__post_init__()
 
     @property
     def scale(self) -> float:
         """alpha / r, the factor of the low-rank product."""
         return 1.0 if self.alpha is None else self.alpha / self.r
 
-    def for_target(self, name: str) -> Self:
-        changes: dict[str, Any] = {}
-        for key, table in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
-            for pattern, value in table.items():
-                if re.search(pattern, name):
-                    changes[key] = value
-                    break
-        return replace(self, **changes) if changes else self
+    def _tables(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        return (("r", self.rank_pattern), ("alpha", self.alpha_pattern))
 
-    def patterns_per_target(self) -> tuple[str, ...]:
-        return (*self.rank_pattern, *self.alpha_pattern)
+
+def _first(table: Mapping[str, Any], name: str) -> Any:
+    """The value of the first pattern that matches the name, or None."""
+    return next((value for pattern, value in table.items() if re.search(pattern, name)), None)
 
 
 def overrides(cfg: AdapterConfig, of: AdapterConfig) -> dict[str, Any]:

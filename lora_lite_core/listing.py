@@ -119,7 +119,7 @@ def _config_fields(tree: ast.Module, config: str) -> dict[str, str]:
         if isinstance(node, ast.ClassDef) and node.name == config:
             for base in node.bases:
                 name = ast.unparse(base).rpartition(".")[2]
-                if name in ("AdapterConfig", "LowRankConfig"):
+                if name in ("AdapterConfig", "RankConfig", "LowRankConfig"):
                     fields |= _config_fields(read_source("lora_lite_core.config"), name)
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):

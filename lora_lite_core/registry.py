@@ -24,8 +24,13 @@ GROUP = "lora_lite.variants"
 FIRST_PARTY = {
     "lora": "lora-lite-lora",
     "pissa": "lora-lite-svd",
+    "delora": "lora-lite-ortho",
+    "dora": "lora-lite-ortho",
+    "hra": "lora-lite-ortho",
     "ia3": "lora-lite-ortho",
     "ia3_ff": "lora-lite-ortho",
+    "oft": "lora-lite-ortho",
+    "road": "lora-lite-ortho",
 }
 
 _registered: dict[str, Variant] = {}

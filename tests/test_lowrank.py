@@ -104,3 +104,29 @@ def test_delta(dtype: torch.dtype) -> None:
         rtol=3e-2 if dtype == torch.bfloat16 else 1e-5,
         atol=0.1 if dtype == torch.bfloat16 else 1e-5,
     )
+
+
+@pytest.mark.parametrize("b", [2, 3, 4, 5, 8])
+def test_cayley(b: int) -> None:
+    torch.manual_seed(0)
+    entries = torch.randn(6, b * (b - 1) // 2, dtype=torch.float64, requires_grad=True)
+    X = ll.skew(entries, b)
+    rows, columns = torch.triu_indices(b, b, 1)
+    assert torch.equal(X[:, rows, columns], entries)
+    assert torch.equal(X, -X.mT)
+    identity = torch.eye(b, dtype=torch.float64)
+    R = torch.linalg.inv(identity - X) @ (identity + X)
+    torch.testing.assert_close(ll.cayley_offset(X), R - identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(R.mT @ R, identity.expand_as(R), rtol=0, atol=1e-12)
+    assert float(ll.cayley_offset(torch.zeros(3, b, b)).abs().max()) == 0
+    direction = torch.randn_like(R)
+    ours, theirs = (
+        torch.autograd.grad(out, entries, direction, retain_graph=True)[0] for out in (ll.cayley_offset(X), R)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_cayley_in_two_dimensions_turns_by_twice_the_arc_tangent() -> None:
+    R = ll.cayley_offset(ll.skew(torch.tensor([0.5], dtype=torch.float64), 2)) + torch.eye(2, dtype=torch.float64)
+    angle = 2 * torch.atan(torch.tensor(0.5, dtype=torch.float64))
+    torch.testing.assert_close(R, torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).reshape(2, 2))

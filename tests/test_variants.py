@@ -15,9 +15,22 @@ from .models import net, token_ids, train, weights_hash
 VARIANTS = [info.name for info in ll.list_variants()]
 
 
-def config(name: str) -> ll.AdapterConfig:
-    fields: dict[str, Any] = {"r": 4} if issubclass(ll.get_variant(name).Config, ll.LowRankConfig) else {}
-    return ll.LoraLiteConfig(variant=name, **fields)
+SMALL: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "ssvd": {"r": 4}, "antipasto": {"r": 8}}
+
+
+def config(name: str, **fields: Any) -> ll.AdapterConfig:
+    rank = {"r": 4} if issubclass(ll.get_variant(name).Config, ll.RankConfig) else {}
+    return ll.LoraLiteConfig(variant=name, **{**rank, **SMALL.get(name, {}), **fields})
+
+
+def assert_identity(name: str, got: torch.Tensor, base: torch.Tensor) -> None:
+    atol = ll.get_variant(name).identity_atol
+    if atol and got.dtype in (torch.float32, torch.float64):
+        assert float((got - base).detach().abs().max()) <= atol
+    elif atol:
+        torch.testing.assert_close(got, base)
+    else:
+        assert torch.equal(got, base)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -27,7 +40,7 @@ def test_identity_at_step_0(name: str, dtype: torch.dtype, bias: bool) -> None:
     model = net(dtype, bias=bias)
     base = model(token_ids())
     ll.attach(model, config(name))
-    assert torch.equal(model(token_ids()), base)
+    assert_identity(name, model(token_ids()), base)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -53,7 +66,7 @@ def test_the_base_is_never_written(name: str, dtype: torch.dtype, tmp_path: Any)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_trainable_tensor_moves_and_no_other(name: str, dtype: str) -> None:
     model = net()
-    adapter = ll.attach(model, ll.LoraLiteConfig(**{**config(name).to_dict(), "dtype": dtype}))
+    adapter = ll.attach(model, config(name, dtype=dtype))
     before = {key: tensor.detach().clone() for key, tensor in adapter.named_tensors()}
     train(model, adapter, steps=3, lr=1e-3)
     for key, tensor in adapter.named_tensors():
@@ -75,15 +88,15 @@ def test_training_lowers_the_loss(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "dora"])  # its norm has no gradient, by design
 def test_gradients_are_those_of_float64(name: str) -> None:
-    model = nn.Sequential(nn.Linear(6, 5)).double()
-    adapter = ll.attach(model, config(name))
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    adapter = ll.attach(model, config(name, **({"r": 4} if name == "antipasto" else {})))
     generator = torch.Generator().manual_seed(0)
     parameters = list(adapter.parameters())
     for parameter in parameters:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    x = torch.randn(3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         names = [f"0.{key.partition('.')[2]}" for key, t in adapter.named_tensors() if t.requires_grad]

@@ -1,0 +1,88 @@
+"""HRA: the input goes through a chain of trainable Householder reflections.
+
+    y = W (R x) + b,   R = H₁ H₂ … H_r,   Hᵢ = I − 2 ûᵢ ûᵢᵀ,   û = u / ‖u‖
+
+U (r, d_in), r even, starts as U(±√(2/r)) with its rows equal in pairs: reflections undo each other, which makes step 0
+the identity up to rounding. Computed in compact WY form, R = I − Ûᵀ M⁻¹ Û with M the upper triangle of Û Ûᵀ and ½ on
+its diagonal; r × r algebra in float32. Needs nothing of the base. Directions are scale free but optimizers are not: U
+keeps the published norm, and below a learning rate of 1e-3 it wants float32 (the default). r · d_in parameters,
+2 r d_in + r² multiply-accumulates per token.
+
+Yuan, Liu, Xu: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024
+(NeurIPS), arXiv:2405.17484. The input-sided form of the paper; `orthogonality_loss` is its regulariser.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lite_core import Adapter, ConfigError, ParamSpec, RankConfig, hookimpl
+
+IDENTITY_ATOL = 1e-5
+IDENTITY_REASON = "pairs of reflections cancel only up to rounding: about one unit in the last place of float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(RankConfig):
+    """Config of HRA; r is the number of reflections, an even one."""
+
+    variant = "hra"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for r in (self.r, *self.rank_pattern.values()):
+            if r % 2:
+                raise ConfigError(f"HRAConfig(r={r}): reflections start in pairs, so r must be even; use {r + 1}")
+
+
+Config = HRAConfig
+
+
+def _paired(tensor: Tensor, generator: torch.Generator) -> None:
+    r, d_in = tensor.shape
+    bound = math.sqrt(2 / r)
+    half = torch.empty(r // 2, d_in).uniform_(-bound, bound, generator=generator)
+    tensor.copy_(half.repeat_interleave(2, dim=0))
+
+
+@hookimpl
+def param_specs(d_in: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
+    return {"lora_U": ParamSpec((cfg.r, d_in), init=_paired, doc="normals of the reflections")}
+
+
+def _unit_rows(U: Tensor) -> Tensor:
+    return U / U.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+@hookimpl
+def forward_input(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    full = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        U = _unit_rows(params["lora_U"].to(full))
+        half = 0.5 * torch.eye(len(U), dtype=full, device=U.device)
+        M = torch.triu(U @ U.T, 1) + half
+        T = torch.linalg.solve_triangular(M, 2 * half, upper=True)
+        U = U.to(x.dtype)
+        z = F.linear(F.linear(x, U).to(full), T)
+        return x - z.to(x.dtype) @ U
+
+
+def orthogonality_loss(adapter: Adapter) -> Tensor:
+    """Σ over layers of ‖I − Û Ûᵀ‖_F, a scalar to add to the loss with a small weight (1e-4 in the authors' code).
+
+    Zero when all reflections of a layer are orthogonal; not zero at the paired start. Raises ConfigError for an adapter
+    of another variant.
+    """
+    if adapter.record.variant.name != "hra":
+        raise ConfigError(f"orthogonality_loss is for adapters of variant 'hra', not '{adapter.record.variant.name}'")
+    losses = []
+    for name, tensor in adapter.named_tensors():
+        if name.endswith(".lora_U"):
+            U = _unit_rows(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+            losses.append(torch.linalg.matrix_norm(torch.eye(len(U), dtype=U.dtype, device=U.device) - U @ U.T))
+    return torch.stack(losses).sum()

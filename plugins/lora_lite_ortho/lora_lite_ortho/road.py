@@ -1,0 +1,88 @@
+"""RoAd: pairs of outputs are rotated and scaled.
+
+    y' = R (W x + b),   per pair (y₁, y₂):  (α cos θ y₁ − α sin θ y₂,  α sin θ y₁ + α cos θ y₂)
+
+mode 1 has one (θ, α) per pair, mode 2 one per row of each 2 × 2 block, mode 4 one per entry. θ starts as zeros and α as
+1 + δ with δ zero, which makes R the identity; computed as y + (c − 1) ⊙ y + …, with c − 1 = δ cos θ − 2 sin²(θ/2) exact
+there. Within a group of g outputs, output j is paired with j + g/2. The bias is rotated too. Needs nothing of the base.
+d_out, 2 d_out or 4 d_out parameters; elementwise work of 2 d_out per token and no matrix product.
+
+Liao, Monz: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, 2024 (NeurIPS),
+arXiv:2409.00119.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoAdConfig(AdapterConfig):
+    """Config of RoAd.
+
+    mode        1, 2 or 4
+    group_size  g, even, a divisor of every target's d_out; None is the largest even divisor of d_out up to 64
+    """
+
+    variant = "road"
+
+    mode: int = 1
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in (1, 2, 4):
+            raise ConfigError(f"RoAdConfig(mode={self.mode!r}): the modes are 1, 2 and 4")
+        g = self.group_size
+        if g is not None and (not isinstance(g, int) or g < 2 or g % 2):
+            raise ConfigError(f"RoAdConfig(group_size={g!r}): outputs are paired, so a group is an even number of them")
+
+
+Config = RoAdConfig
+
+
+def _group(d_out: int, cfg: RoAdConfig) -> int:
+    fitting = [size for size in range(2, d_out + 1, 2) if d_out % size == 0]
+    if not fitting:
+        raise ConfigError(
+            f"RoAdConfig: d_out={d_out} is odd and cannot be paired; leave the layer out with exclude_names"
+        )
+    if cfg.group_size is None:
+        return max([size for size in fitting if size <= 64] or [fitting[0]])
+    if cfg.group_size not in fitting:
+        raise ConfigError(
+            f"RoAdConfig(group_size={cfg.group_size}) does not divide d_out={d_out}; sizes that do: {fitting}"
+        )
+    return cfg.group_size
+
+
+@hookimpl
+def param_specs(d_out: int, cfg: RoAdConfig) -> dict[str, ParamSpec]:
+    _group(d_out, cfg)
+    size = (cfg.mode * d_out // 2,)
+    return {
+        "lora_theta": ParamSpec(size, doc="angles"),
+        "lora_alpha": ParamSpec(size, doc="offsets of the scales from 1"),
+    }
+
+
+@hookimpl
+def forward(y: Tensor, params: dict[str, Tensor], cfg: RoAdConfig) -> Tensor:
+    half = _group(y.shape[-1], cfg) // 2
+    full = torch.promote_types(y.dtype, torch.float32)
+    # (groups, {cosine, sine part}, {first, second row}, g/2), where a mode that has one for several expands it
+    inner = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[cfg.mode]
+    theta, delta = (
+        params[f"lora_{n}"].to(full).reshape(-1, *inner, half).expand(-1, 2, 2, -1) for n in ("theta", "alpha")
+    )
+    cosine = delta[:, 0] * theta[:, 0].cos() - 2 * (theta[:, 0] / 2).sin().square()  # α cos θ − 1
+    sine = (1 + delta[:, 1]) * theta[:, 1].sin()
+    sign = torch.tensor([-1.0, 1.0], dtype=full, device=y.device)[:, None]
+    pairs = y.unflatten(-1, (-1, 2, half))
+    change = torch.addcmul(pairs * cosine.to(y.dtype), pairs.flip(-2), (sine * sign).to(y.dtype))
+    return y + change.flatten(-3)
