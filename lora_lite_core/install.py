@@ -27,7 +27,7 @@ class Target:
     def __init__(self, owner: Installation, found: Found) -> None:
         self._owner: Installation | None = owner
         self.name, self.layer, self.d_in, self.d_out = found.name, found.layer, found.d_in, found.d_out
-        self.cfg = found.cfg
+        self.cfg: Any = found.cfg  # of the variant's own class
         self.params: dict[str, Tensor] = {}
         self.attributes: dict[str, str] = {}
         self.saved: tuple[str, ...] = ()

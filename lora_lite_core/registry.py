@@ -23,7 +23,11 @@ GROUP = "lora_lite.variants"
 # Only for the "pip install …" hint when a first-party package is missing.
 FIRST_PARTY = {
     "lora": "lora-lite-lora",
+    "antipasto": "lora-lite-svd",
+    "eva": "lora-lite-svd",
+    "lora_xs": "lora-lite-svd",
     "pissa": "lora-lite-svd",
+    "ssvd": "lora-lite-svd",
     "delora": "lora-lite-ortho",
     "dora": "lora-lite-ortho",
     "hra": "lora-lite-ortho",

@@ -15,15 +15,19 @@ from lora_lite_core import registry
 
 FIRST_PARTY = sorted(registry.FIRST_PARTY)
 CONFIGS = [
+    "AntiPaSTOConfig",
     "DeLoRAConfig",
     "DoRAConfig",
+    "EVAConfig",
     "HRAConfig",
     "IA3Config",
     "IA3FFConfig",
     "LoRAConfig",
+    "LoRAXSConfig",
     "OFTConfig",
     "PiSSAConfig",
     "RoAdConfig",
+    "SSVDConfig",
 ]
 GOOD = '''"""{title}: a test variant.
 

@@ -23,6 +23,18 @@ def config(name: str, **fields: Any) -> ll.AdapterConfig:
     return ll.LoraLiteConfig(variant=name, **{**rank, **SMALL.get(name, {}), **fields})
 
 
+def attach(model: nn.Module, cfg: ll.AdapterConfig) -> ll.Adapter:
+    """With calibration data where the variant needs some."""
+    if cfg.variant == "eva":
+        data = (
+            [torch.randn(40, 8, dtype=torch.float64)]
+            if isinstance(model, nn.Sequential)
+            else [token_ids(i) for i in range(4)]
+        )
+        return ll.attach(model, cfg, calibration_data=data)
+    return ll.attach(model, cfg)
+
+
 def assert_identity(name: str, got: torch.Tensor, base: torch.Tensor) -> None:
     atol = ll.get_variant(name).identity_atol
     if atol and got.dtype in (torch.float32, torch.float64):
@@ -39,7 +51,7 @@ def assert_identity(name: str, got: torch.Tensor, base: torch.Tensor) -> None:
 def test_identity_at_step_0(name: str, dtype: torch.dtype, bias: bool) -> None:
     model = net(dtype, bias=bias)
     base = model(token_ids())
-    ll.attach(model, config(name))
+    attach(model, config(name))
     assert_identity(name, model(token_ids()), base)
 
 
@@ -49,7 +61,7 @@ def test_the_base_is_never_written(name: str, dtype: torch.dtype, tmp_path: Any)
     model = net(dtype)
     base = set(model.state_dict())
     before = weights_hash(model, base)
-    adapter = ll.attach(model, config(name))
+    adapter = attach(model, config(name))
     assert weights_hash(model, base) == before
     train(model, adapter)
     assert weights_hash(model, base) == before
@@ -66,7 +78,7 @@ def test_the_base_is_never_written(name: str, dtype: torch.dtype, tmp_path: Any)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_trainable_tensor_moves_and_no_other(name: str, dtype: str) -> None:
     model = net()
-    adapter = ll.attach(model, config(name, dtype=dtype))
+    adapter = attach(model, config(name, dtype=dtype))
     before = {key: tensor.detach().clone() for key, tensor in adapter.named_tensors()}
     train(model, adapter, steps=3, lr=1e-3)
     for key, tensor in adapter.named_tensors():
@@ -76,7 +88,7 @@ def test_every_trainable_tensor_moves_and_no_other(name: str, dtype: str) -> Non
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_lowers_the_loss(name: str) -> None:
     model, ids = net(), token_ids(7, (8, 6))
-    adapter = ll.attach(model, config(name))
+    adapter = attach(model, config(name))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(60):
@@ -91,7 +103,7 @@ def test_training_lowers_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "dora"])  # its norm has no gradient, by design
 def test_gradients_are_those_of_float64(name: str) -> None:
     model = nn.Sequential(nn.Linear(8, 6)).double()
-    adapter = ll.attach(model, config(name, **({"r": 4} if name == "antipasto" else {})))
+    adapter = attach(model, config(name, **({"r": 4} if name == "antipasto" else {})))
     generator = torch.Generator().manual_seed(0)
     parameters = list(adapter.parameters())
     for parameter in parameters:
@@ -108,7 +120,7 @@ def test_gradients_are_those_of_float64(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_autocast_keeps_the_output_dtype_and_the_gradients_full(name: str) -> None:
     model = net()
-    adapter = ll.attach(model, config(name))
+    adapter = attach(model, config(name))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model.layers[0].up_proj.forward(torch.ones(2, 16)).dtype
         assert model.layers[0].up_proj(torch.ones(2, 16)).dtype == expected
@@ -123,7 +135,7 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str, reentrant:
     from torch.utils.checkpoint import checkpoint
 
     model = net()
-    adapter = ll.attach(model, config(name))
+    adapter = attach(model, config(name))
     train(model, adapter, 1)
     x = torch.randn(2, 3, 16, requires_grad=True)
     gradients = []

@@ -27,7 +27,10 @@ from .tasks import problem, problems
 # its noise (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get DEFAULT_LR.
 LEARNING_RATES = {"lora": 1e-2, "pissa": 2.5e-3, "ia3": 4e-2, "ia3_ff": 8e-2}
 DEFAULT_LR = 5e-3
-CONFIG_FIELDS: dict[str, dict[str, Any]] = {"ia3_ff": {"target_names": ("down_proj",)}}
+CONFIG_FIELDS: dict[str, dict[str, Any]] = {
+    "antipasto": {"r": 64},  # its default of 256 is for layers wider than these
+    "ia3_ff": {"target_names": ("down_proj",)},
+}
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     def batch() -> dict[str, torch.Tensor]:
         return encode(tokenizer, [problem("shifted", "train", rng) for _ in range(plan.batch_size)])
 
-    calibration = (
-        [{k: v for k, v in batch().items() if k != "weights"} for _ in range(4)] if found.takes_calibration else None
-    )
+    calibration = [{k: v for k, v in batch().items() if k != "weights"} for _ in range(8)]
     start = time.perf_counter()
-    adapter = ll.attach(model, cfg, seed=seed, calibration_data=calibration)
+    try:
+        adapter = ll.attach(model, cfg, seed=seed)
+    except ll.CalibrationError:  # this variant, so configured, needs data
+        start = time.perf_counter()
+        adapter = ll.attach(model, cfg, seed=seed, calibration_data=calibration)
     result.init_s = time.perf_counter() - start
     result.layers = len(adapter.targets)
     parameters = list(adapter.parameters())

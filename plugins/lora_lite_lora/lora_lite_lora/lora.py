@@ -6,7 +6,7 @@ A (r, d_in) starts as U(±1/√d_in), B (d_out, r) as zeros; both are trained. I
 Needs nothing of the base. r (d_in + d_out) parameters and as many multiply-accumulates per token.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: LoRA, 2021, arXiv:2106.09685. Rank-stabilised scale (rslora):
-Kalajdzievski, 2023, arXiv:2312.03732.
+Kalajdzievski, 2023, arXiv:2312.03732. Frozen A (freeze_a): Zhang, Zhang, Shi, Chu, Li: LoRA-FA, 2023, arXiv:2308.03303.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, lowrank_delta
 class LoRAConfig(LowRankConfig):
     """Config of LoRA.
 
-    rslora  scale by alpha / √r instead of alpha / r: the update keeps its size when r grows
+    rslora    scale by alpha / √r instead of alpha / r: the update keeps its size when r grows
+    freeze_a  train B alone (LoRA-FA): half the optimizer state, and r instead of d_in activations kept per token
     """
 
     variant = "lora"
 
     rslora: bool = False
+    freeze_a: bool = False
 
     @property
     def scale(self) -> float:
@@ -42,7 +44,9 @@ Config = LoRAConfig
 @hookimpl
 def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
     return {
-        "lora_A": ParamSpec((cfg.r, d_in), init="kaiming_uniform", doc="directions in the input"),
+        "lora_A": ParamSpec(
+            (cfg.r, d_in), "kaiming_uniform", trainable=not cfg.freeze_a, doc="directions in the input"
+        ),
         "lora_B": ParamSpec((d_out, cfg.r), doc="what each direction adds to the output"),
     }
 

@@ -9,7 +9,8 @@ towards a base without its principal part. Under Adam without weight decay the t
 Reads the base's dense weight once, at attach; a file only fits the weights it was made on.
 r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token.
 
-Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948.
+Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948. With the smallest triplets instead (smallest=True): Wang,
+Li, Wang, Chen, Chen: MiLoRA, 2024, arXiv:2406.09044.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import LowRankConfig, ParamSpec, TargetError, dense_weight, hookimpl, sketch, truncated_svd
+from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, sketch
+
+from ._triplets import singular_triplets
 
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSAConfig(LowRankConfig):
-    """Config of PiSSA. alpha only scales what is learnt: the start is the same for every alpha."""
+    """Config of PiSSA. alpha only scales what is learnt: the start is the same for every alpha.
+
+    smallest  start from the r smallest singular triplets instead (MiLoRA)
+    """
 
     variant = "pissa"
+
+    smallest: bool = False
 
 
 Config = PiSSAConfig
@@ -45,12 +53,7 @@ def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]
 
 @hookimpl
 def init(layer: nn.Module, params: dict[str, Tensor], cfg: PiSSAConfig, name: str, generator: torch.Generator) -> None:
-    weight = dense_weight(layer)
-    if cfg.r > min(weight.shape):
-        raise TargetError(
-            f"{name} has {min(weight.shape)} singular values and cannot have r={cfg.r}; lower r or use rank_pattern"
-        )
-    U, S, Vh = truncated_svd(weight, cfg.r, generator)
+    U, S, Vh = singular_triplets(layer, cfg.r, name, generator, smallest=cfg.smallest)
     root = (S / cfg.scale).sqrt()
     params["lora_A0"].copy_(root[:, None] * Vh)
     params["lora_B0"].copy_(U * root)
