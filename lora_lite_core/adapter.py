@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checks import check_attachable, check_calibration, check_has_weights, variant_of
+from .checks import (
+    check_attachable,
+    check_calibration,
+    check_has_weights,
+    check_not_sharded,
+    check_seed,
+    variant_of,
+)
 from .config import AdapterConfig, RankConfig
 from .errors import CalibrationError, ModelStateError
 from .hooks import state_of
 from .install import found_again, install, making_room
 from .layers import layer_device
-from .records import RECORDS, Record, check_name, forget, names_of, record_of, records_of
+from .records import RECORDS, Record, check_name, check_one_owner, forget, names_of, record_of, records_of
 from .targets import find_targets
 from .text import count
 
@@ -65,6 +72,7 @@ class Adapter:
             raise ModelStateError(
                 f"adapter '{self.name}' has its values already; initialize() is for one attached on meta"
             )
+        check_attachable(self.model)
         check_calibration(record.variant, calibration_data)
         found = found_again(self.model, record)
         check_has_weights(found)
@@ -113,7 +121,9 @@ def attach(
     """
     variant = variant_of(cfg)
     check_attachable(model)
+    check_one_owner(model)
     check_name(model, name)
+    check_seed(seed)
     found = find_targets(model, cfg)
     check_calibration(variant, calibration_data)
     on_meta = any(layer_device(target.layer).type == "meta" for target in found)
@@ -131,7 +141,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     Raises AdapterNameError when there is none.
     """
-    for one in names_of(model, name):
+    names = names_of(model, name)
+    check_not_sharded(model, "switch adapters off with disabled(model); a sharded model cannot lose its tensors")
+    for one in names:
         forget(model, one)
     records = records_of(model)
     if records.adapters:

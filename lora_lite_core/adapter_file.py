@@ -92,9 +92,25 @@ def inspect(path: str | os.PathLike[str]) -> AdapterFile:
             "type: pip install --upgrade lora-lite-core"
         )
     try:
-        return AdapterFile(path=path, tensors=tensors, **json.loads(metadata["adapter"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path} has a damaged lora-lite header: {error}") from error
+        file = AdapterFile(path=path, tensors=tensors, **json.loads(metadata["adapter"]))
+        _check_fields(file)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path} has a damaged lora-lite header: {type(error).__name__}: {error}") from error
+    return file
+
+
+def _check_fields(file: AdapterFile) -> None:
+    """Raise KeyError or TypeError where a field is not what AdapterFile says."""
+    kinds = {"variant": str, "config": dict, "targets": dict, "seed": int, "core_version": str, "plugin": dict}
+    found = [(name, getattr(file, name), kind) for name, kind in kinds.items()]
+    for layer, target in file.targets.items():
+        for name, kind in {"d_in": int, "d_out": int, "storage": str, "overrides": dict}.items():
+            found.append((f"{layer}: {name}", target[name], kind))
+        numbers = target["fingerprint"]
+        found += [(f"{layer}: fingerprint", number, float) for number in (numbers if numbers is not None else ())]
+    for name, value, kind in found:
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(f"{name} is {value!r}, not a {kind.__name__}")
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
@@ -112,10 +128,14 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple
         header = None
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} is not a safetensors file, or its beginning is damaged")
-    metadata = header.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    metadata = header.pop("__metadata__", None) or {}
+    try:
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+    except (IndexError, KeyError, TypeError):
+        raise AdapterFileError(f"{path} is not a safetensors file, or its beginning is damaged") from None
     if size != 8 + length + end:
         raise AdapterFileError(
             f"{path} is cut short or damaged: {size:,} bytes where its header speaks of {8 + length + end:,}"
         )
-    return metadata, {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+    return metadata, tensors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter_file import AdapterFile
 from .config import AdapterConfig
 from .contract import Variant
-from .errors import BaseMismatch
+from .errors import BaseMismatch, BrokenPlugin
 from .layers import storage_of
 from .targets import Found
 from .text import count
@@ -34,6 +34,10 @@ def take_fingerprint(variant: Variant, layer: nn.Module, cfg: AdapterConfig) -> 
         return None
     with torch.no_grad():
         value = variant.fingerprint({"layer": layer, "cfg": cfg})
+    if value is not None and not isinstance(value, Tensor):
+        raise BrokenPlugin(
+            f"fingerprint of variant '{variant.name}' returned {type(value).__name__}; return a tensor or None"
+        )
     return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]
 
 

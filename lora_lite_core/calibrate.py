@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -124,7 +125,7 @@ class _Collector:
 
     def hook_for(self, target: Target) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.visit(target, args[0] if args else next(iter(kwargs.values())))
+            self.visit(target, args[0] if args else kwargs[next(iter(inspect.signature(layer.forward).parameters))])
 
         return hook
 
@@ -140,11 +141,10 @@ class _Collector:
         self.seen.append((x, target.name))
         if target.name not in self.found:
             self.found[target.name] = self.make(target)
-        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        kept = self.mask is not None and self.mask.shape == x.shape[:-1]
-        self.found[target.name].add(
-            rows[self.mask.to(x.device).bool()] if kept and self.mask is not None else rows.flatten(0, -2)
-        )
+        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+        if self.mask is not None and self.mask.numel() == len(rows):
+            rows = rows[self.mask.to(rows.device).flatten().bool()]
+        self.found[target.name].add(rows)
 
 
 def principal_directions(moment: Tensor, count: int) -> tuple[Tensor, Tensor]:

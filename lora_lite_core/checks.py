@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -11,11 +13,12 @@ from torch import nn
 
 from .config import AdapterConfig
 from .contract import Variant
-from .errors import CalibrationError, ConfigError, ModelStateError
+from .errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError
 from .layers import layer_device
 from .registry import get_variant
 from .targets import Found, check_layer
 
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
 
 
@@ -29,18 +32,35 @@ def check_attachable(model: nn.Module) -> None:
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ModelStateError(f"{where} is compiled, and compiled code ignores hooks that come later; {ORDER}")
-        if type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        if type(module).__name__ in WRAPPERS or "FSDPModule" in (kind.__name__ for kind in type(module).__mro__):
             raise ModelStateError(
                 f"{where} wraps the model already, and gradients of adapters would not be reduced; {ORDER}"
             )
-    distributed_tensor = sys.modules.get("torch.distributed.tensor")  # not imported: then nothing is sharded
-    if distributed_tensor is not None:
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, distributed_tensor.DTensor):
-                raise ModelStateError(
-                    f"{name} is sharded (a DTensor of FSDP2 or tensor parallelism), and gradients of adapters "
-                    f"would not be reduced; {ORDER}"
-                )
+    if "torch._dynamo" in sys.modules:
+        _check_compiled(model)
+    check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")
+
+
+def check_not_sharded(model: nn.Module, consequence: str) -> None:
+    """Raise ModelStateError when a parameter is a DTensor (FSDP2, tensor parallelism)."""
+    distributed_tensor = sys.modules.get("torch.distributed.tensor")
+    if distributed_tensor is None:  # not imported: then nothing is sharded
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, distributed_tensor.DTensor):
+            raise ModelStateError(f"{name} is sharded (a DTensor of FSDP2 or tensor parallelism); {consequence}")
+
+
+def _check_compiled(model: nn.Module) -> None:
+    """`c = torch.compile(model)` leaves no mark on the model itself; what holds it tells.
+
+    Also has compiled code look at hooks from now on, which it does not by default: without that, a second model of the
+    same class with adapters on other layers would silently run the first one's graph.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[assignment]
+    held = any(isinstance(holder, dict) and holder.get("_orig_mod") is model for holder in gc.get_referrers(model))
+    if held or hasattr(model.forward, "_torchdynamo_orig_callable"):
+        raise ModelStateError(f"the model was given to torch.compile, and compiled code ignores later hooks; {ORDER}")
 
 
 def variant_of(cfg: AdapterConfig) -> Variant:
@@ -49,7 +69,24 @@ def variant_of(cfg: AdapterConfig) -> Variant:
     variant = get_variant(cfg.variant)
     if not isinstance(cfg, variant.Config):
         raise ConfigError(f"variant '{variant.name}' takes {variant.Config.__name__}, not {type(cfg).__name__}")
+    if not isinstance(cfg.target_names, tuple):
+        raise BrokenPlugin(f"{type(cfg).__name__}.__post_init__ must begin with super().__post_init__()")
+    for field, value in cfg.to_dict().items():
+        try:
+            kept = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            kept = False
+        if not kept:
+            raise ConfigError(
+                f"{type(cfg).__name__}({field}={value!r}) would not survive in an adapter file; "
+                "a field holds numbers, strings, booleans, None, or a flat tuple or string-keyed dict of these"
+            )
     return variant
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: a seed is a whole number from 0")
 
 
 def check_calibration(variant: Variant, data: Any) -> None:

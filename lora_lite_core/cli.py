@@ -46,8 +46,9 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known:
+            hint = "\n  type: pip install lora-lite-bench" if args[0] == "bench" else ""
             raise click.UsageError(
-                f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}"
+                f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}{hint}"
             )
         return super().resolve_command(ctx, args)
 
@@ -92,7 +93,7 @@ def variants(pattern: str | None, as_json: bool, check: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(subject: str, as_json: bool) -> None:
     """Show what an adapter file holds, or what a variant is and how it is configured."""
-    if Path(subject).suffix or Path(subject).exists():
+    if Path(subject).suffix or Path(subject).is_file():
         file = inspect_file(subject)
         click.echo(json.dumps(file.to_dict(), indent=2) if as_json else str(file))
         return

@@ -32,7 +32,7 @@ class AdapterConfig:
 
     dtype          of the adapter tensors; None is float32 (float64 on a float64 layer). "bfloat16" or torch.bfloat16
     target_names   regular expressions (`re.search` on the full dotted name); () is every linear layer not excluded
-    exclude_names  regular expressions; the default also leaves out what `model.get_output_embeddings()` returns
+    exclude_names  regular expressions; what `model.get_output_embeddings()` returns is left out too, except with ()
     target_roles   any of "reader", "writer", "inner" (by `model.config.hidden_size`); () is all
     layers         block numbers, counted in the outermost ModuleList of a name; None is all
 

@@ -30,7 +30,7 @@ class Hook:
 
 
 class Variant:
-    """A checked variant. Pickled and copied by name: what sits on a layer holds no function of its own."""
+    """A checked variant. Pickled by name, shared by copies: what sits on a layer holds no function of its own."""
 
     def __init__(self, name: str, namespace: Any, hooks: Mapping[str, Hook], distribution: str, version: str) -> None:
         self.name = name
@@ -51,6 +51,9 @@ class Variant:
     @property
     def takes_calibration(self) -> bool:
         return self.group_init is not None and "calibration_data" in self.group_init.argnames
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         from .registry import get_variant
@@ -138,6 +141,10 @@ def _check_signature(label: str, hook: str, impl: HookImpl) -> None:
             parameter.VAR_POSITIONAL: "starred",
             parameter.VAR_KEYWORD: "starred",
         }
+        if parameter.name == "self":
+            raise BrokenPlugin(
+                f"{label}: {hook} takes self; a variant's functions are plain ones, or @staticmethod in a class"
+            )
         problem = kind.get(parameter.kind) or ("given a default" if parameter.default is not parameter.empty else "")
         if problem:
             raise BrokenPlugin(
@@ -153,6 +160,10 @@ def _check_signature(label: str, hook: str, impl: HookImpl) -> None:
 def _check_marked(label: str, namespace: Any) -> None:
     for key in HOOKS:
         function = getattr(namespace, key, None)
+        declared = vars(namespace).get(key)
+        marked = hasattr(declared, "lora_lite_impl")
+        if isinstance(declared, staticmethod) and marked and not hasattr(declared.__func__, "lora_lite_impl"):
+            raise BrokenPlugin(f"{label}: {key} has @hookimpl above @staticmethod; write @staticmethod first, above it")
         if inspect.isroutine(function) and not hasattr(function, "lora_lite_impl"):
             raise BrokenPlugin(f"{label}: {key} has no @hookimpl above it and would be ignored; mark it, or rename it")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapter_file import FORMAT, FORMAT_VERSION, AdapterFile, inspect
 from .base_check import Reaction, check_base
-from .checks import check_attachable, check_has_weights
+from .checks import check_attachable, check_has_weights, check_not_sharded
 from .config import AdapterConfig, overrides
 from .contract import Variant
 from .errors import (
@@ -33,7 +33,7 @@ from .errors import (
     listed,
 )
 from .install import Installation, making_room
-from .records import Record, check_name, record_of, remember
+from .records import Record, check_name, check_one_owner, record_of, remember
 from .registry import get_variant
 from .targets import Found, located
 from .tensors import specs_for
@@ -48,10 +48,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     record = record_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
-    path = Path(path)
+    check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
+    path = Path(path).resolve()  # a link stays a link
     if path.suffix != ".safetensors":
         raise AdapterFileError(
-            f"adapters are saved as .safetensors, not '{path.name}'; type save(model, '{path.stem}.safetensors')"
+            f"adapters are saved as .safetensors, not '{path.name}'; "
+            f"type save(model, '{path.with_suffix('.safetensors')}')"
         )
     if not path.parent.is_dir():
         raise AdapterFileError(f"folder {path.parent} does not exist; make it first")
@@ -89,6 +91,7 @@ def load(
     cfg = _config_of(file, variant)
     check_attachable(model)
     with making_room(model, name):
+        check_one_owner(model)
         check_name(model, name)
         found = _targets_of(file, model, cfg)
         check_has_weights(found)
@@ -98,11 +101,10 @@ def load(
         try:
             for target in found:
                 installation.add(target, values[target.name])
-            record = installation.commit()
+            remember(model, name, installation.commit())
         except BaseException:
             installation.rollback()
             raise
-        remember(model, name, record)
     adapter = Adapter(model, name)
     if not trainable:
         for parameter in adapter.parameters():
@@ -138,6 +140,9 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files are for their owner alone
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -175,6 +180,8 @@ def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
 def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> list[Found]:
     """The file's own targets in this model; its patterns are not run again."""
     layers = dict(model.named_modules())
+    if not file.targets:
+        raise AdapterFileError(f"{file.path} has no targets: it is an adapter on no layer")
     if missing := [name for name in file.targets if name not in layers]:
         raise AdapterFileError(
             f"{file.path}: {len(missing)} of {count(len(file.targets), 'target')} are not in this "
@@ -192,7 +199,12 @@ def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> list
 
 
 def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
-    return replace(cfg, **changes) if changes else cfg
+    try:
+        return replace(cfg, **changes) if changes else cfg
+    except (ConfigError, TypeError) as error:
+        raise AdapterFileError(
+            f"a target's own config {dict(changes)} does not fit {type(cfg).__name__}: {error}"
+        ) from error
 
 
 def _values_of(file: AdapterFile, variant: Variant, found: Iterable[Found]) -> dict[str, dict[str, Tensor]]:

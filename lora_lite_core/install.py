@@ -87,7 +87,7 @@ class Installation:
             dtype = tensor_dtype(specs[bare], target.cfg, target.layer)
             tensor = torch.zeros(specs[bare].shape, dtype=dtype, device=device)
             if values is None and not deferred:
-                fill(tensor, specs[bare], generator_for(self.seed, target.name, bare))
+                fill(tensor, specs[bare], generator_for(self.seed, target.name, bare), f"{target.name}.{bare}")
             register_tensor(target.layer, attribute, specs[bare], tensor)
             target.attributes[bare] = attribute
         target.saved = tuple(bare for bare, spec in specs.items() if spec.persistent)
@@ -104,8 +104,13 @@ class Installation:
         given = dict(target.params)
         generator = generator_for(self.seed, target.name, "init")
         with torch.no_grad():
-            self.variant.init(
+            returned = self.variant.init(
                 {"layer": target.layer, "params": given, "cfg": target.cfg, "name": target.name, "generator": generator}
+            )
+        if returned is not None or given.keys() != target.params.keys():
+            raise BrokenPlugin(
+                f"init of variant '{self.variant.name}' returned something or added names to params; "
+                "it fills the tensors of param_specs in place and returns None"
             )
         for bare, tensor in target.params.items():
             if given.get(bare) is not tensor:
@@ -197,8 +202,7 @@ def install(
             installation.add(target, deferred=deferred)
         if not deferred:
             installation.group_init(calibration_data)
-        record = installation.commit(ready=not deferred)
+        remember(model, name, installation.commit(ready=not deferred))
     except BaseException:
         installation.rollback()
         raise
-    remember(model, name, record)

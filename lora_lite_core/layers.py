@@ -52,9 +52,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if is_plain(layer):
         return layer.weight.detach()
     d_in, d_out = _sizes(layer)
-    dtype, device = layer_dtype(layer), layer_device(layer)
+    dtype, device = _probe_dtype(layer), layer_device(layer)
     weight = torch.empty(d_out, d_in, dtype=dtype, device=device)
-    with torch.no_grad(), _without_bias(layer):
+    with _probing(layer):
         at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
         for start in range(0, d_in, PROBE_ROWS):
             rows = torch.zeros(min(PROBE_ROWS, d_in - start), d_in, dtype=dtype, device=device)
@@ -73,11 +73,12 @@ def sketch(layer: nn.Module) -> Tensor:
     device = layer_device(layer)
     rows = _cosines(SKETCH_SIZE, d_in, (math.sqrt(5) - 1) / 2).to(device)
     columns = _cosines(SKETCH_SIZE, d_out, math.sqrt(2) - 1).to(device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _without_bias(layer):
-        if is_plain(layer):
-            images = rows @ layer.weight.detach().to(rows.dtype).T
+    weight = layer.weight.T if is_plain(layer) else layer.weight if is_conv1d(layer) else None
+    with _probing(layer):
+        if isinstance(weight, Tensor):
+            images = rows @ weight.detach().to(rows.dtype)
         else:
-            dtype = layer_dtype(layer)
+            dtype = _probe_dtype(layer)
             at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
             images = (base_forward(layer, rows.to(dtype)) - at_zero).to(rows.dtype)
         projections = (images * columns).sum(-1)
@@ -103,14 +104,20 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:
-    yield from layer.parameters(recurse=False)
-    yield from layer.buffers(recurse=False)
+    for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+        if not name.startswith("lora_"):  # an adapter's, not the layer's
+            yield tensor
     yield from (value for value in vars(layer).values() if isinstance(value, Tensor))  # HQQ keeps W_q as an attribute
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """An nn.Linear whose weight is what it looks like; subclasses of either may store it in another way."""
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Hugging Face's Conv1D: a plain weight, transposed."""
+    return type(layer).__name__ == "Conv1D" and type(getattr(layer, "weight", None)) is nn.Parameter
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
@@ -120,22 +127,32 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _without_bias(layer: nn.Module) -> Iterator[None]:
-    """Zeros in the bias' place (Conv1D needs one), so that probing does not round weight plus bias."""
+def _probing(layer: nn.Module) -> Iterator[None]:
+    """No gradients, no autocast, zeros in the bias' place (Conv1D needs one) so that weight plus bias is not rounded.
+
+    What bitsandbytes notes down at a first forward is put back as it was.
+    """
     bias = layer._parameters.get("bias")
-    if bias is None:
-        yield
-        return
-    layer._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+    notes = {name: vars(layer)[name] for name in ("compute_dtype", "compute_type_is_set") if name in vars(layer)}
     try:
-        yield
+        if bias is not None:
+            layer._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+        with torch.no_grad(), torch.autocast(layer_device(layer).type, enabled=False):
+            yield
     finally:
-        layer._parameters["bias"] = bias
+        if bias is not None:
+            layer._parameters["bias"] = bias
+        vars(layer).update(notes)
+
+
+def _probe_dtype(layer: nn.Module) -> torch.dtype:
+    """Float32 for bitsandbytes layers, which take any and are rough in others; else what the layer is in."""
+    return torch.float32 if storage_of(layer).startswith("bnb") else layer_dtype(layer)
 
 
 def _cosines(count: int, size: int, ratio: float) -> Tensor:
     """(count, size) unit rows cos(ωₖ(i + ½)), the ωₖ spread over (0, π) by multiples of an irrational ratio."""
-    frequencies = math.pi * torch.remainder(ratio * torch.arange(1, count + 1, dtype=torch.float64), 1.0)
-    rows = torch.cos(frequencies[:, None] * (torch.arange(size, dtype=torch.float64) + 0.5))
+    frequencies = math.pi * torch.remainder(ratio * torch.arange(1, count + 1, dtype=torch.float64, device="cpu"), 1.0)
+    rows = torch.cos(frequencies[:, None] * (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5))
     rows = rows / rows.norm(dim=-1, keepdim=True)
     return rows.float()

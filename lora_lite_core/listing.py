@@ -48,7 +48,7 @@ class VariantList(Sequence[VariantInfo]):
 
     def __repr__(self) -> str:
         if not self._items:
-            return "no variants installed; try: pip install lora-lite-lora lora-lite-svd lora-lite-ortho"
+            return "no variants match; `lora-lite variants` lists all, `pip install lora-lite` brings the built-in ones"
         rows = [(i.name, f"{i.distribution} {i.version}".strip(), i.state, i.summary) for i in self._items]
         details = [f"{i.name}: {i.detail}" for i in self._items if i.detail]
         return "\n".join([table(("variant", "package", "state", "summary"), rows), *details])
@@ -62,7 +62,8 @@ def read_source(module: str) -> ast.Module:
 
     Raises BrokenPlugin when there is no source file, OSError or SyntaxError when it cannot be read.
     """
-    return ast.parse(source_of(module).read_text(encoding="utf-8"))
+    path = source_of(module)
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def summary_of(tree: ast.Module) -> str:
@@ -92,7 +93,8 @@ def source_of(module: str) -> Path:
         for path in (base.with_name(base.name + ".py"), base / "__init__.py"):
             if path.is_file():
                 return path
-    raise BrokenPlugin(f"module {module} has no source file")
+    hint = "; an entry point names the module alone, without ':…'" if ":" in module else ""
+    raise BrokenPlugin(f"module {module} has no source file{hint}")
 
 
 def config_names(infos: Iterable[VariantInfo]) -> Iterator[str]:

@@ -54,12 +54,16 @@ def _by_gram(weight: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor, Te
     U = vectors[:, :r].flip(-1) if smallest else vectors[:, -r:].flip(-1)
     image = U.T @ W
     S = image.norm(dim=-1)  # more accurate than the root of an eigenvalue
-    Vh = image / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
+    # Directions by QR, not by division: orthonormal also where singular values vanish.
+    Q, R = torch.linalg.qr(image.T)
+    Vh = (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T
     return (Vh.T, S, U.T) if tall else (U, S, Vh)
 
 
 def _randomised(weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    draws = torch.randn(weight.shape[1], 2 * r, generator=generator, dtype=torch.float32)  # CPU: same on every device
+    draws = torch.randn(
+        weight.shape[1], 2 * r, generator=generator, dtype=torch.float32, device="cpu"
+    )  # CPU: same on every device
     Q = torch.linalg.qr(weight @ draws.to(weight)).Q
     for _ in range(8):
         Q = torch.linalg.qr(weight.T @ Q).Q

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import AdapterConfig
 from .contract import Variant
-from .errors import AdapterNameError, did_you_mean, listed
+from .errors import AdapterNameError, ModelStateError, did_you_mean, listed
 from .hooks import remove_entry, state_of
 
 RECORDS = "_lora_lite_adapters"
@@ -48,6 +48,8 @@ class Records:
 
 
 def records_of(model: nn.Module) -> Records:
+    if not isinstance(model, nn.Module):
+        raise ModelStateError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     return model.__dict__.get(RECORDS) or Records()
 
 
@@ -65,9 +67,9 @@ def record_of(model: nn.Module, name: str) -> Record:
         return records[name]
     inner = [path for path, module in model.named_modules() if path and RECORDS in module.__dict__]
     hint = f"\n  submodule '{inner[0]}' carries adapters: pass model.{inner[0]}" if inner else ""
-    raise AdapterNameError(
-        f"no adapter is called '{name}'{did_you_mean(name, records)}\n  attached: {listed(records)}{hint}"
-    )
+    near = did_you_mean(name, records)
+    only = f"; give name='{next(iter(records))}'" if len(records) == 1 and not near else ""
+    raise AdapterNameError(f"no adapter is called '{name}'{near}{only}\n  attached: {listed(records)}{hint}")
 
 
 def remember(model: nn.Module, name: str, record: Record) -> None:
@@ -91,12 +93,29 @@ def forget(model: nn.Module, name: str) -> Record:
     """Take the adapter's tensors and hooks off, and its record."""
     record = records_of(model).adapters.pop(name)
     for layer_name, target in record.targets.items():
-        layer = model.get_submodule(layer_name)
+        try:
+            layer = model.get_submodule(layer_name)
+        except AttributeError:  # the user has removed the layer
+            continue
         remove_entry(layer, name)
         for attribute in target.attributes.values():
             if hasattr(layer, attribute):  # not so where the user has replaced the whole layer
                 delattr(layer, attribute)
     return record
+
+
+def check_one_owner(model: nn.Module) -> None:
+    """Raise ModelStateError when adapters were attached through another module than this one."""
+    ours = records_of(model).adapters
+    for path, module in model.named_modules():
+        if path and RECORDS in module.__dict__:
+            raise ModelStateError(f"submodule '{path}' carries adapters of its own; attach to one and the same module")
+        for entry in state.entries if (state := state_of(module)) else ():
+            if entry.name not in ours:
+                raise ModelStateError(
+                    f"'{path}' carries adapter '{entry.name}', which was attached through an enclosing module; "
+                    "attach to that one"
+                )
 
 
 def check_name(model: nn.Module, name: str) -> None:

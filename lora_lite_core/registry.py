@@ -103,9 +103,11 @@ def register(namespace: Any, *, name: str) -> Variant:
 
 
 def unregister(name: str) -> None:
-    """Take back a `register`."""
+    """Take back a `register`; UnknownVariant when there was none of that name."""
     from .contract import forget
 
+    if name not in _registered:
+        raise UnknownVariant(f"'{name}' was not registered by hand; registered: {listed(_registered)}")
     forget(_registered.pop(name).namespace)
 
 
@@ -118,8 +120,11 @@ def config_class(attribute: str) -> type[AdapterConfig]:
         raise AmbiguousVariant(f"{attribute} could mean {listed(found)}; use get_variant(name).Config")
     if not found:
         first_party = next((name for name in FIRST_PARTY if _squash(name) == wanted), None)
-        raise _unknown(first_party or attribute.removesuffix("Config").lower())
-    return get_variant(found[0]).Config
+        raise MissingPlugin(str(_unknown(first_party or attribute.removesuffix("Config").lower())))
+    try:
+        return get_variant(found[0]).Config
+    except UnknownVariant as error:  # blocked: an attribute that is not there
+        raise MissingPlugin(str(error)) from error
 
 
 def LoraLiteConfig(*, variant: str, **fields: Any) -> AdapterConfig:
@@ -138,7 +143,7 @@ def _unknown(name: str) -> UnknownVariant:
         )
     names = sorted({entry.name for entry in _entry_points()} | set(_registered))
     known = [*names, *FIRST_PARTY]
-    return MissingPlugin(f"no variant is called '{name}'{did_you_mean(name, known)}\n  installed: {listed(names, 40)}")
+    return UnknownVariant(f"no variant is called '{name}'{did_you_mean(name, known)}\n  installed: {listed(names, 40)}")
 
 
 def _entry_points() -> list[EntryPoint]:

@@ -61,6 +61,8 @@ class ParamSpec:
     doc: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shape, (tuple, list)):
+            raise ConfigError(f"ParamSpec({self.shape!r}): the shape is a tuple, as in ParamSpec((8,))")
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.trainable is None:
             object.__setattr__(self, "trainable", not self.as_buffer)
@@ -88,4 +90,8 @@ class ParamSpec:
     def fill(self, tensor: Tensor, generator: torch.Generator) -> None:
         """Run the init on a CPU tensor."""
         fill = NAMED_INITS[self.init] if isinstance(self.init, str) else self.init
-        fill(tensor, generator)
+        result = fill(tensor, generator)
+        if result is not None and result is not tensor:
+            raise ConfigError(
+                "init returned a new object instead of filling its tensor; write in place, as t.normal_()"
+            )

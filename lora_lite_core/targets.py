@@ -15,7 +15,7 @@ from .layers import layer_sizes
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
-_WRITER = re.compile(r"(^|[._])(o_proj|out_proj|c_proj|wo|out_lin)$|output\.dense$")
+_WRITER = re.compile(r"(^|[._])(o|o_proj|out_proj|c_proj|wo|out_lin)$|(output|attention)\.dense$")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,14 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Found]:
     layers that cannot carry an adapter.
     """
     linear = linear_layers(model)
+    if layer_sizes(model) is not None:
+        raise TargetError(
+            f"the model is itself a {type(model).__name__}; wrap it, as in nn.Sequential(layer), so that it has a name"
+        )
     if not linear:
         raise TargetError(f"{type(model).__name__} has no linear layer that an adapter could go on")
-    allowed = {name: layer for name, layer in linear.items() if not _excluded(model, name, layer, cfg)}
+    head = _head(model)
+    allowed = {name: layer for name, layer in linear.items() if not _excluded(head, name, layer, cfg)}
     _check_excludes(model, cfg)
     chosen = _by_pattern(model, cfg, linear, allowed)
     chosen = _by_block(model, cfg, chosen)
@@ -99,11 +104,18 @@ def role_of(name: str, d_in: int, d_out: int, hidden: int) -> str:
     return "reader" if d_in == hidden else "writer" if d_out == hidden else "inner"
 
 
-def _excluded(model: nn.Module, name: str, layer: nn.Module, cfg: AdapterConfig) -> bool:
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings, where the model says which they are."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator, return-value]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _excluded(head: nn.Module | None, name: str, layer: nn.Module, cfg: AdapterConfig) -> bool:
     if any(re.search(pattern, name) for pattern in cfg.exclude_names):
         return True
-    head = getattr(model, "get_output_embeddings", None)
-    return set(EXCLUDED) <= set(cfg.exclude_names) and callable(head) and head() is layer
+    return bool(cfg.exclude_names) and layer is head
 
 
 def _check_excludes(model: nn.Module, cfg: AdapterConfig) -> None:

@@ -55,14 +55,17 @@ def generator_for(seed: int, layer: str, tensor: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def fill(tensor: Tensor, spec: ParamSpec, generator: torch.Generator) -> None:
+def fill(tensor: Tensor, spec: ParamSpec, generator: torch.Generator, name: str) -> None:
     """On the CPU in float32 first, so that every device and dtype gets the same numbers."""
     if spec.init == "zeros":
         return
     dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
     with torch.no_grad():
         drawn = torch.zeros(tensor.shape, dtype=dtype, device="cpu")
-        spec.fill(drawn, generator)
+        try:
+            spec.fill(drawn, generator)
+        except Exception as error:
+            raise BrokenPlugin(f"init of {name}, called as f(tensor, generator), failed: {error}") from error
         tensor.copy_(drawn)
 
 

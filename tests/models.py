@@ -89,7 +89,7 @@ def weights_hash(model: nn.Module, names: set[str] | None = None) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if names is None or name in names:
-            digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

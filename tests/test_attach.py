@@ -385,9 +385,26 @@ def test_taken_name() -> None:
     assert snapshot(model) == before
 
 
-def test_taken_attribute() -> None:
+def test_adapters_belong_to_one_module() -> None:
     model = net()
     ll.attach(model.layers, ll.LoRAConfig(r=2, target_names="up_proj"))
+    before = snapshot(model)
+    with pytest.raises(
+        ll.ModelStateError, match="submodule 'layers' carries adapters of its own; attach to one and the same module"
+    ):
+        ll.attach(model, ll.IA3Config(), name="gates")
+    assert snapshot(model) == before
+    ll.detach(model.layers)
+    ll.attach(model, ll.IA3Config(), name="gates")
+    with pytest.raises(
+        ll.ModelStateError, match="carries adapter 'gates', which was attached through an enclosing module"
+    ):
+        ll.attach(model.layers[0], ll.LoRAConfig(r=2))
+
+
+def test_taken_attribute() -> None:
+    model = net()
+    model.layers[0].up_proj.lora_A = nn.Parameter(torch.zeros(1))
     before, values = snapshot(model), outputs(model)
     with pytest.raises(
         ll.AdapterNameError, match=r"layers.0.up_proj already has an attribute 'lora_A'; give this adapter another name"
@@ -395,7 +412,6 @@ def test_taken_attribute() -> None:
         ll.attach(model, ll.LoRAConfig(r=2))
     assert snapshot(model) == before
     assert torch.equal(outputs(model), values)
-    ll.detach(model.layers)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +443,65 @@ def test_detaching_nothing() -> None:
         ll.detach(model)
 
 
+@pytest.mark.parametrize("seed", [None, "0", -1, 1.5, True])
+def test_bad_seeds(seed: Any) -> None:
+    with pytest.raises(ll.ConfigError, match="a seed is a whole number from 0"):
+        ll.attach(net(), ll.LoRAConfig(), seed=seed)
+
+
+def test_a_config_that_would_not_survive_in_a_file(registered: Any, toy: SimpleNamespace) -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ll.AdapterConfig):
+        variant = "toy"
+        extra: Any = None
+
+    toy.Config = Config
+    registered(toy, name="toy")
+    for extra in (print, {1: 2}, (1, (2, 3)), torch.zeros(2)):
+        with pytest.raises(ll.ConfigError, match=r"would not survive in an adapter file; a field holds numbers"):
+            ll.attach(net(), Config(extra=extra))
+    ll.attach(net(), Config(extra=(1, 2)))
+
+
+def test_a_config_that_forgets_its_base(registered: Any, toy: SimpleNamespace) -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ll.AdapterConfig):
+        variant = "toy"
+
+        def __post_init__(self) -> None:
+            pass
+
+    toy.Config = Config
+    registered(toy, name="toy")
+    with pytest.raises(ll.BrokenPlugin, match=r"Config.__post_init__ must begin with super\(\).__post_init__\(\)"):
+        ll.attach(net(), Config(target_names="q_proj"))
+
+
+def test_the_model_comes_first() -> None:
+    model = net()
+    adapter = ll.attach(model, ll.LoRAConfig())
+    for call in (
+        lambda: ll.detach(adapter),
+        lambda: ll.save("a.safetensors", model),
+        lambda: ll.save(adapter, "a.safetensors"),
+    ):
+        with pytest.raises(ll.ModelStateError, match="the first argument is the model, an nn.Module, not"):
+            call()
+
+
+def test_a_layer_that_is_gone_does_not_keep_the_rest(registered: Any) -> None:
+    model = net()
+    ll.attach(model, ll.LoRAConfig())
+    model.layers = model.layers[:1]
+    ll.detach(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name in model.state_dict())
+
+
 def test_wrong_things_for_a_config() -> None:
     with pytest.raises(ll.ConfigError, match=r"attach takes a config such as LoRAConfig\(r=8\), not str"):
         ll.attach(net(), "lora")  # type: ignore[arg-type]
@@ -438,10 +513,10 @@ def test_wrong_things_for_a_config() -> None:
 
 
 def refusal(model: nn.Module) -> str:
-    before = snapshot(model)
+    before = snapshot(model) if not any(hasattr(p, "device_mesh") for p in model.parameters()) else None
     with pytest.raises(ll.ModelStateError) as caught:
         ll.attach(model, ll.LoRAConfig())
-    assert snapshot(model) == before
+    assert before is None or snapshot(model) == before
     return str(caught.value)
 
 
@@ -470,8 +545,17 @@ def test_sharded_models_are_refused() -> None:
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
         with pytest.raises(ll.ModelStateError) as caught:
             ll.attach(model, ll.LoRAConfig())
-        assert "is sharded (a DTensor of FSDP2 or tensor parallelism)" in str(caught.value)
+        assert "the model (FSDPNet) wraps the model already" in str(caught.value)
         assert not any("lora" in name for name in model.state_dict())
+        inner = net()
+        fully_shard(inner.layers[0], mesh=dist.init_device_mesh("cpu", (1,)))
+        assert "layers.0 (FSDPBlock) wraps the model already" in refusal(inner)
+        ours = net()
+        ll.attach(ours, ll.LoRAConfig())
+        fully_shard(ours, mesh=dist.init_device_mesh("cpu", (1,)))
+        for call in (lambda: ll.detach(ours), lambda: ll.save(ours, "a.safetensors")):
+            with pytest.raises(ll.ModelStateError, match="is sharded .a DTensor of FSDP2 or tensor parallelism"):
+                call()
         wrapped = torch.nn.parallel.DistributedDataParallel(net())
         assert "(DistributedDataParallel) wraps the model already" in refusal(wrapped)
     finally:
@@ -490,6 +574,27 @@ def test_peft_models_are_refused() -> None:
     with pytest.raises(ll.UnsupportedLayer, match="is wrapped by the peft package"):
         ll.attach(model, ll.LoRAConfig(target_names="q_proj"))
     assert snapshot(model) == before
+
+
+def test_attaching_to_a_model_that_was_given_to_compile_is_refused() -> None:
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    assert "the model was given to torch.compile" in refusal(model)
+    del compiled
+    ll.attach(model, ll.LoRAConfig())
+
+
+def test_two_models_of_one_class_do_not_share_a_graph() -> None:
+    """With hook guards off, torch's default, the second would run the first one's graph: no v_proj adapter in it."""
+    import torch._dynamo  # as after a first optimizer or compile
+
+    first, second = net(), net()
+    ll.attach(first, ll.LoRAConfig(r=2, target_names="q_proj"))
+    adapter = ll.attach(second, ll.LoRAConfig(r=2, target_names=("q_proj", "v_proj")))
+    torch.compile(first, backend="eager")(token_ids()).sum().backward()
+    torch.compile(second, backend="eager")(token_ids()).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    torch.compiler.reset()
 
 
 def test_fullgraph_compile_and_toggling() -> None:

@@ -216,6 +216,60 @@ def test_init_that_replaces_instead_of_filling(registered: Any, toy: SimpleNames
     assert snapshot(model) == before
 
 
+def test_init_that_returns_instead_of_filling(registered: Any, toy: SimpleNamespace) -> None:
+    draw = lambda tensor, generator: torch.randn(tensor.shape, generator=generator)  # noqa: E731
+    toy.param_specs = hookimpl(lambda d_out: {"lora_h": ll.ParamSpec((d_out,), init=draw)})
+    registered(toy, name="toy")
+    with pytest.raises(
+        ll.BrokenPlugin, match="init of layers.0.self_attn.q_proj.lora_h, called as f.* instead of filling its tensor"
+    ):
+        ll.attach(net(), toy.Config())
+    toy.param_specs = hookimpl(lambda d_out: {"lora_h": ll.ParamSpec((d_out,), init=torch.nn.init.kaiming_uniform_)})
+    registered(toy, name="toy")
+    with pytest.raises(ll.BrokenPlugin, match="called as f.tensor, generator., failed"):
+        ll.attach(net(), toy.Config())
+
+
+@pytest.mark.parametrize("init", [lambda params: params, lambda params: params.update(lora_C=torch.zeros(1))])
+def test_init_hook_that_returns_or_adds(registered: Any, toy: SimpleNamespace, init: Any) -> None:
+    toy.init = hookimpl(init)
+    registered(toy, name="toy")
+    with pytest.raises(ll.BrokenPlugin, match="returned something or added names to params"):
+        ll.attach(net(), toy.Config())
+
+
+def test_methods_with_self_and_decorators_in_the_wrong_order(registered: Any, toy: SimpleNamespace) -> None:
+    class Self:
+        Config = toy.Config
+        param_specs = staticmethod(toy.param_specs)
+
+        @hookimpl
+        def forward(self, y: Tensor) -> Tensor:
+            return y
+
+    assert "forward takes self; a variant's functions are plain ones, or @staticmethod in a class" in refused(
+        registered, Self
+    )
+
+    class Order:
+        Config = toy.Config
+        param_specs = staticmethod(toy.param_specs)
+
+        @hookimpl
+        @staticmethod
+        def forward(y: Tensor) -> Tensor:
+            return y
+
+    assert "forward has @hookimpl above @staticmethod; write @staticmethod first" in refused(registered, Order)
+
+
+def test_fingerprint_that_is_no_tensor(registered: Any, toy: SimpleNamespace) -> None:
+    toy.fingerprint = hookimpl(lambda layer: 1.0)
+    registered(toy, name="toy")
+    with pytest.raises(ll.BrokenPlugin, match="fingerprint of variant 'toy' returned float; return a tensor or None"):
+        ll.attach(net(), toy.Config())
+
+
 def test_forward_that_forgets_to_return(registered: Any, toy: SimpleNamespace) -> None:
     toy.forward = hookimpl(lambda y: None)
     registered(toy, name="toy")

@@ -210,12 +210,18 @@ def test_save_writes_the_whole_file_or_none(saved: Path, monkeypatch: pytest.Mon
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_a_saved_file_has_the_ordinary_permissions(saved: Path) -> None:
+    ordinary = saved.with_name("ordinary")
+    ordinary.touch()
+    assert saved.stat().st_mode == ordinary.stat().st_mode
+
+
 def test_save_to_a_wrong_place(tmp_path: Path) -> None:
     model = net()
     ll.attach(model, ll.LoRAConfig())
     with pytest.raises(
         ll.AdapterFileError,
-        match=r"adapters are saved as .safetensors, not 'a.pt'; type save\(model, 'a.safetensors'\)",
+        match=r"adapters are saved as .safetensors, not 'a.pt'; type save\(model, '.*a.safetensors'\)",
     ):
         ll.save(model, tmp_path / "a.pt")
     with pytest.raises(ll.AdapterFileError, match="nowhere does not exist; make it first"):

@@ -92,6 +92,17 @@ def test_zero_weight() -> None:
     assert bool(torch.isfinite(Vh).all())
 
 
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_rank_deficient_weights_have_orthonormal_directions(shape: tuple[int, int], smallest: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape[0], 3, dtype=torch.float64) @ torch.randn(3, shape[1], dtype=torch.float64)
+    U, S, Vh = ll.truncated_svd(weight, 6, torch.Generator(), smallest=smallest)
+    for gram in (U.T @ U, Vh @ Vh.T):
+        torch.testing.assert_close(gram, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert float(S[3 if not smallest else 0 :].max()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_delta(dtype: torch.dtype) -> None:
     x, A, B = torch.randn(2, 3, 8, dtype=dtype), torch.randn(4, 8), torch.randn(5, 4)

@@ -57,6 +57,7 @@ def test_the_head_is_left_out_by_what_the_model_says() -> None:
     del model.lm_head
     model.get_output_embeddings = lambda: model.score  # type: ignore[method-assign]
     assert "score" not in names(model)
+    assert "score" not in names(model, exclude_names=("o_proj",))
     assert "score" in names(model, exclude_names=())
 
 
@@ -75,7 +76,7 @@ def test_roles() -> None:
         ("attention.self.query", 8, 8, "reader"),
         ("SelfAttention.v", 8, 8, "reader"),
         ("attention.output.dense", 8, 8, "writer"),
-        ("SelfAttention.o", 8, 8, "unknown"),
+        ("SelfAttention.o", 8, 8, "writer"),
         ("attn.c_proj", 8, 8, "writer"),
         ("mlp.fc1", 8, 32, "reader"),
         ("mlp.fc2", 32, 8, "writer"),
@@ -162,6 +163,7 @@ def test_per_target_pattern_that_matches_nothing() -> None:
 
 def test_no_linear_layer_at_all() -> None:
     assert "Sequential has no linear layer" in refusal(ll.TargetError, nn.Sequential(nn.ReLU()))
+    assert "the model is itself a Linear; wrap it" in refusal(ll.TargetError, nn.Linear(2, 2))
 
 
 def test_attention_that_reads_its_weight_without_calling() -> None:

@@ -62,6 +62,10 @@ def bench(
         if make_base:
             _make_base(base or Path("lora-lite-base"), steps or 1500, seed, progress, console)
             return
+        if base is not None and not (base / "config.json").is_file():
+            raise click.BadParameter(f"--base {base} holds no model (no config.json)")
+        if not out.parent.is_dir():
+            raise click.BadParameter(f"--out {out}: folder {out.parent} does not exist")
         plan = QUICK if quick else Plan()
         plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
         results, failures = _run_all(_names(variants), _fields(fields), range(seed, seed + seeds), plan, progress, out)
@@ -77,7 +81,7 @@ def _names(asked: tuple[str, ...]) -> list[str]:
     import lora_lite_core as ll
 
     if asked:
-        return [ll.get_variant(name).name for name in asked]
+        return [ll.get_variant(name).name for name in dict.fromkeys(asked)]
     return [info.name for info in ll.list_variants() if info.state == "ok"]
 
 
@@ -106,8 +110,13 @@ def _run_all(
 ) -> tuple[list[Result], dict[str, str]]:
     import lora_lite_core as ll
 
-    from .run import run
+    from .run import config_for, run
 
+    for name in names:  # a field that does not fit is said before anything is trained
+        try:
+            config_for(name, fields)
+        except ll.LoraLiteError as error:
+            raise click.ClickException(f"{name} failed: {error}") from error
     results: list[Result] = []
     failures: dict[str, str] = {}
     overall = progress.add_task("runs", total=len(names) * len(seeds))
@@ -118,8 +127,8 @@ def _run_all(
                 result = run(
                     name, fields, seed, plan, lambda text, bar=bar: progress.update(bar, advance=1, description=text)
                 )
-            except (ll.LoraLiteError, RuntimeError) as error:
-                failures[name] = str(error)
+            except Exception as error:  # one broken plugin must not end the comparison of the others
+                failures[name] = str(error) if isinstance(error, (ll.LoraLiteError, RuntimeError)) else repr(error)
             else:
                 results.append(result)
                 with out.open("a", encoding="utf-8") as lines:

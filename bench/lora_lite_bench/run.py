@@ -23,9 +23,23 @@ from .base import PACKAGED, encode, exact_match, load_base, loss_of, schedule
 from .costs import PeakMemory, added_macs_per_token, step_times
 from .tasks import problem, problems
 
-# Learning rates for this small model: of a factor-of-two grid the best on the valid split, or the smaller of two within
-# its noise (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get DEFAULT_LR.
-LEARNING_RATES = {"lora": 1e-2, "pissa": 2.5e-3, "ia3": 4e-2, "ia3_ff": 8e-2}
+# Learning rates for this small model: of those tried the best on the valid split, or the smaller of two within noise
+# (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get DEFAULT_LR.
+LEARNING_RATES = {
+    "antipasto": 4e-2,
+    "delora": 5e-3,
+    "dora": 1e-2,
+    "eva": 1e-2,
+    "hra": 2e-2,
+    "ia3": 4e-2,
+    "ia3_ff": 8e-2,
+    "lora": 1e-2,
+    "lora_xs": 1.6e-2,
+    "oft": 8e-3,
+    "pissa": 2.5e-3,
+    "road": 2e-2,
+    "ssvd": 1e-2,
+}
 DEFAULT_LR = 5e-3
 CONFIG_FIELDS: dict[str, dict[str, Any]] = {
     "antipasto": {"r": 64},  # its default of 256 is for layers wider than these
@@ -173,7 +187,7 @@ def weights_hash(model: nn.Module, names: set[str]) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if name in names:
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

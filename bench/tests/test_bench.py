@@ -82,6 +82,15 @@ def test_macs_are_those_of_the_formulas() -> None:
         (ll.PiSSAConfig(r=4), 2 * 4 * per_rank),
         (ll.IA3Config(), 0),
         (ll.IA3FFConfig(), 0),
+        (ll.RoAdConfig(), 0),
+        (ll.DoRAConfig(r=8), 8 * per_rank),
+        (ll.DeLoRAConfig(r=8), 2 * 8 * per_rank),
+        (ll.DeLoRAConfig(r=8, frozen_copy=False), 8 * per_rank),
+        (ll.HRAConfig(r=8), 4 * sum(2 * 8 * d_in + 8 * 8 for d_in, _ in sizes)),
+        (ll.OFTConfig(block_size=32), 4 * sum(32 * d_in for d_in, _ in sizes)),
+        (ll.LoRAXSConfig(r=8), 8 * per_rank + 4 * len(sizes) * 8 * 8),
+        (ll.SSVDConfig(r=8), 8 * per_rank + 4 * len(sizes) * 8 * 8),
+        (ll.AntiPaSTOConfig(r=8), 8 * per_rank + 4 * len(sizes) * 8 * 4),
     ):
         model, _ = load_base()
         ll.attach(model, cfg)
@@ -170,6 +179,15 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
         done = CliRunner().invoke(bench, arguments)
         assert done.exit_code != 0
         assert message in done.output
+
+
+def test_one_broken_variant_does_not_end_the_others(registered: Any, toy: SimpleNamespace, tmp_path: Path) -> None:
+    toy.forward = ll.hookimpl(lambda y, params: y + params["lora_x"])
+    registered(toy, name="toy")
+    done = CliRunner().invoke(bench, ["toy", "ia3_ff", "--quick", "--steps", "10", "--out", str(tmp_path / "r.jsonl")])
+    assert done.exit_code == 1
+    assert "toy failed: KeyError('lora_x')" in done.output
+    assert len((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_rows_average_over_seeds_and_rank_by_score() -> None:

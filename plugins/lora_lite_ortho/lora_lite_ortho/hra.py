@@ -46,7 +46,7 @@ Config = HRAConfig
 def _paired(tensor: Tensor, generator: torch.Generator) -> None:
     r, d_in = tensor.shape
     bound = math.sqrt(2 / r)
-    half = torch.empty(r // 2, d_in).uniform_(-bound, bound, generator=generator)
+    half = torch.empty(r // 2, d_in, dtype=tensor.dtype, device="cpu").uniform_(-bound, bound, generator=generator)
     tensor.copy_(half.repeat_interleave(2, dim=0))
 
 

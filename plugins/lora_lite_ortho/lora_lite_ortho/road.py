@@ -47,14 +47,14 @@ Config = RoAdConfig
 
 
 def _group(d_out: int, cfg: RoAdConfig) -> int:
-    fitting = [size for size in range(2, d_out + 1, 2) if d_out % size == 0]
-    if not fitting:
+    if d_out % 2:
         raise ConfigError(
             f"RoAdConfig: d_out={d_out} is odd and cannot be paired; leave the layer out with exclude_names"
         )
     if cfg.group_size is None:
-        return max([size for size in fitting if size <= 64] or [fitting[0]])
-    if cfg.group_size not in fitting:
+        return next(size for size in range(64, 0, -2) if d_out % size == 0)
+    if d_out % cfg.group_size:
+        fitting = [size for size in range(2, d_out + 1, 2) if d_out % size == 0]
         raise ConfigError(
             f"RoAdConfig(group_size={cfg.group_size}) does not divide d_out={d_out}; sizes that do: {fitting}"
         )

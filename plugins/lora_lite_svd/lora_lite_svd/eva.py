@@ -77,7 +77,7 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: EVAConfig, ca
             target.drop()
             continue
         if r != target.cfg.r:
-            target.reconfigure(r=r, alpha=None if cfg.alpha is None else target.cfg.scale * r)
+            target.reconfigure(r=r, alpha=None if target.cfg.alpha is None else target.cfg.scale * r)
         target.params["lora_A"].copy_(offers[target.name][1][:r])
 
 
