@@ -76,7 +76,7 @@ class Adapter:
         check_calibration(record.variant, calibration_data)
         found = found_again(self.model, record)
         check_has_weights(found)
-        with making_room(self.model, self.name):
+        with making_room(self.model, self.name, record.variant):
             install(self.model, record.variant, record.cfg, self.name, record.seed, found, calibration_data)
         return self
 

@@ -36,6 +36,12 @@ def check_attachable(model: nn.Module) -> None:
             raise ModelStateError(
                 f"{where} wraps the model already, and gradients of adapters would not be reduced; {ORDER}"
             )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        if any(type(thing) is wrapper and thing.module is model for thing in gc.get_objects()):
+            raise ModelStateError(
+                f"a DistributedDataParallel holds the model and would not reduce new gradients; {ORDER}"
+            )
     if "torch._dynamo" in sys.modules:
         _check_compiled(model)
     check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")

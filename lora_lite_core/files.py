@@ -90,7 +90,7 @@ def load(
     variant = _variant_of(file)
     cfg = _config_of(file, variant)
     check_attachable(model)
-    with making_room(model, name):
+    with making_room(model, name, variant):
         check_one_owner(model)
         check_name(model, name)
         found = _targets_of(file, model, cfg)

@@ -161,13 +161,18 @@ class Installation:
 
 
 @contextmanager
-def making_room(model: nn.Module, name: str) -> Iterator[None]:
+def making_room(model: nn.Module, name: str, variant: Variant) -> Iterator[None]:
     """Inside, an adapter of that name that has no values yet (attached on meta) is off, so that another can take its
     place; it is put back if the block fails."""
     record = records_of(model).adapters.get(name)
     if record is None or record.ready:
         yield
         return
+    if record.variant.name != variant.name:
+        raise AdapterNameError(
+            f"adapter '{name}' was attached on meta as '{record.variant.name}', this is a '{variant.name}'; "
+            f"give another name, or detach(model, '{name}') first"
+        )
     found = found_again(model, record)
     forget(model, name)
     try:

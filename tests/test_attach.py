@@ -558,6 +558,7 @@ def test_sharded_models_are_refused() -> None:
                 call()
         wrapped = torch.nn.parallel.DistributedDataParallel(net())
         assert "(DistributedDataParallel) wraps the model already" in refusal(wrapped)
+        assert "a DistributedDataParallel holds the model" in refusal(wrapped.module)
     finally:
         dist.destroy_process_group()
 
@@ -652,6 +653,10 @@ def test_meta_then_load(tmp_path: Any) -> None:
     assert not ll.adapters(model)["default"].record.ready, "the failed load must put the pending adapter back"
     model.to_empty(device="cpu")
     model.load_state_dict(net().state_dict(), strict=False)
+    other = net()
+    ll.attach(other, ll.IA3Config()).save(tmp_path / "gates.safetensors")
+    with pytest.raises(ll.AdapterNameError, match="'default' was attached on meta as 'pissa', this is a 'ia3'"):
+        ll.load(model, tmp_path / "gates.safetensors")
     ll.load(model, tmp_path / "a.safetensors")
     assert torch.equal(outputs(model), outputs(source))
 
