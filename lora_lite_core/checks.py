@@ -64,6 +64,8 @@ def _check_compiled(model: nn.Module) -> None:
     same class with adapters on other layers would silently run the first one's graph.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[assignment]
+    if getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 1) == 0:
+        return  # nothing has been compiled yet, and what will be looks at hooks; spares a search of 0.1 s
     held = any(isinstance(holder, dict) and holder.get("_orig_mod") is model for holder in gc.get_referrers(model))
     if held or hasattr(model.forward, "_torchdynamo_orig_callable"):
         raise ModelStateError(f"the model was given to torch.compile, and compiled code ignores later hooks; {ORDER}")

@@ -104,8 +104,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:
-    for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
-        if not name.startswith("lora_"):  # an adapter's, not the layer's
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is not None and not name.startswith("lora_"):  # an adapter's, not the layer's
             yield tensor
     yield from (value for value in vars(layer).values() if isinstance(value, Tensor))  # HQQ keeps W_q as an attribute
 

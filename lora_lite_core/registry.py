@@ -38,7 +38,7 @@ FIRST_PARTY = {
 }
 
 _registered: dict[str, Variant] = {}
-_loaded: dict[tuple[str, str], Variant] = {}
+_loaded: dict[str, Variant] = {}  # looked up once in a process, as Python does with modules
 
 
 def list_variants(pattern: str | None = None, *, check: bool = False) -> VariantList:
@@ -63,29 +63,29 @@ def get_variant(name: str) -> Variant:
     """
     if name in _registered:
         return _registered[name]
+    if (known := _loaded.get(name)) is not None and not _blocked(name, known.distribution):
+        return known
     entries = [entry for entry in _entry_points() if entry.name == name]
     if not entries:
         raise _unknown(name)
-    allowed = [entry for entry in entries if not _blocked(entry)]
+    allowed = [entry for entry in entries if not _blocked(name, _dist(entry)[0])]
     if not allowed:
-        raise UnknownVariant(f"variant '{name}' of {_dist(entries[0])[0]} is blocked by {_blocked(entries[0])}")
+        package = _dist(entries[0])[0]
+        raise UnknownVariant(f"variant '{name}' of {package} is blocked by {_blocked(name, package)}")
     if len(allowed) > 1:
         raise AmbiguousVariant(_claimed_twice(name, allowed))
-    entry = allowed[0]
-    key = (entry.name, entry.value)
-    if key not in _loaded:
-        from .contract import check_variant
+    from .contract import check_variant
 
-        try:
-            module = importlib.import_module(entry.value)
-        except Exception as error:
-            package, version = _dist(entry)
-            raise BrokenPlugin(
-                f"variant '{name}' of {package} {version} cannot be imported: {type(error).__name__}: {error}\n"
-                f"  its entry point says {entry.value}; try: pip install --upgrade {package}"
-            ) from error
-        _loaded[key] = check_variant(name, module, *_dist(entry))
-    return _loaded[key]
+    package, version = _dist(allowed[0])
+    try:
+        module = importlib.import_module(allowed[0].value)
+    except Exception as error:
+        raise BrokenPlugin(
+            f"variant '{name}' of {package} {version} cannot be imported: {type(error).__name__}: {error}\n"
+            f"  its entry point says {allowed[0].value}; try: pip install --upgrade {package}"
+        ) from error
+    _loaded[name] = check_variant(name, module, package, version)
+    return _loaded[name]
 
 
 def register(namespace: Any, *, name: str) -> Variant:
@@ -154,9 +154,9 @@ def _dist(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
 
 
-def _blocked(entry: EntryPoint) -> str:
+def _blocked(name: str, package: str) -> str:
     """The environment switch that keeps this variant out, or "". Both switches take variant and package names."""
-    names = {entry.name, _dist(entry)[0]}
+    names = {name, package}
     for switch, keeps_out in (("LORA_LITE_BLOCK", True), ("LORA_LITE_PLUGINS", False)):
         value = os.environ.get(switch)
         if value is not None and bool(names & {part.strip() for part in value.split(",")}) is keeps_out:
@@ -180,8 +180,8 @@ def _info(entry: EntryPoint, entries: Sequence[EntryPoint]) -> VariantInfo:
         summary, config = summary_of(tree), config_name(tree)
     except (OSError, SyntaxError, LoraLiteError) as error:
         state, detail = "broken", str(error)
-    owners = [other for other in entries if other.name == entry.name and not _blocked(other)]
-    if switch := _blocked(entry):
+    owners = [other for other in entries if other.name == entry.name and not _blocked(other.name, _dist(other)[0])]
+    if switch := _blocked(entry.name, package):
         state, detail = "blocked", switch
     elif len(owners) > 1:
         state, detail = "claimed twice", _claimed_twice(entry.name, owners)

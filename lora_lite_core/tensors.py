@@ -61,12 +61,14 @@ def fill(tensor: Tensor, spec: ParamSpec, generator: torch.Generator, name: str)
         return
     dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
     with torch.no_grad():
-        drawn = torch.zeros(tensor.shape, dtype=dtype, device="cpu")
+        in_place = tensor.device.type == "cpu" and tensor.dtype == dtype
+        drawn = tensor if in_place else torch.zeros(tensor.shape, dtype=dtype, device="cpu")
         try:
             spec.fill(drawn, generator)
         except Exception as error:
             raise BrokenPlugin(f"init of {name}, called as f(tensor, generator), failed: {error}") from error
-        tensor.copy_(drawn)
+        if not in_place:
+            tensor.copy_(drawn)
 
 
 def register_tensor(layer: nn.Module, attribute: str, spec: ParamSpec, tensor: Tensor) -> None:

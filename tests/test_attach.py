@@ -580,9 +580,25 @@ def test_peft_models_are_refused() -> None:
 def test_attaching_to_a_model_that_was_given_to_compile_is_refused() -> None:
     model = net()
     compiled = torch.compile(model, backend="eager")
+    compiled(token_ids())
     assert "the model was given to torch.compile" in refusal(model)
     del compiled
     ll.attach(model, ll.LoRAConfig())
+    torch.compiler.reset()
+
+
+def test_what_is_compiled_at_its_first_call_after_attach_runs_the_adapter() -> None:
+    torch.compiler.reset()  # nothing is compiled, so nothing was compiled without the adapter
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    adapter = ll.attach(model, ll.LoRAConfig(r=2))
+    train(model, adapter)
+    adapted = model(token_ids())
+    assert torch.equal(compiled(token_ids()), adapted)
+    with ll.disabled(model):
+        assert not torch.equal(model(token_ids()), adapted)
+        assert torch.equal(compiled(token_ids()), model(token_ids()))
+    torch.compiler.reset()
 
 
 def test_two_models_of_one_class_do_not_share_a_graph() -> None:

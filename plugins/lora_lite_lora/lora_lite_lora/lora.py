@@ -53,4 +53,4 @@ def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAConfig) -> Tensor:
-    return y + lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype)
+    return lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import ConfigError, ParamSpec, RankConfig, dense_weight, hookimpl, layer_dtype, lowrank_delta
+from lora_lite_core import ConfigError, ParamSpec, RankConfig, dense_weight, hookimpl, layer_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +59,30 @@ def param_specs(d_in: int, d_out: int, cfg: DeLoRAConfig, layer: nn.Module) -> d
 
 @hookimpl
 def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
-    params["lora_w"].copy_(dense_weight(layer).to(params["lora_w"].dtype).norm(dim=0))
+    params["lora_w"].copy_(dense_weight(layer).to(params["lora_w"].dtype).square().sum(0).sqrt())
 
 
 def _xi(A: Tensor, B: Tensor) -> Tensor:
-    """Ξ as a column (r, 1)."""
-    return 1 / (A.norm(dim=1).clamp_min(1e-4) * B.norm(dim=0).clamp_min(1e-4))[:, None]
+    """Ξ (r,); each norm is held above 1e-4."""
+    return (A.square().sum(1).clamp_min(1e-8) * B.square().sum(0).clamp_min(1e-8)).rsqrt()
 
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DeLoRAConfig) -> Tensor:
     full = torch.promote_types(x.dtype, torch.float32)
     p = {name: tensor.to(full) for name, tensor in params.items()}
-    w = p["lora_w"] * ((cfg.lambda0 + p["lora_lambda"]) / cfg.r)
+    w, strength = p["lora_w"], (cfg.lambda0 + p["lora_lambda"]) / cfg.r
     if not cfg.frozen_copy:
-        return y + lowrank_delta(x, _xi(p["lora_A"], p["lora_B"]) * p["lora_A"] * w, p["lora_B"]).to(y.dtype)
+        A, B = p["lora_A"], p["lora_B"]
+        hidden = F.linear(x, (A * w).to(x.dtype))
+        return _up(hidden * (strength * _xi(A, B)), B, hidden).to(y.dtype).add_(y)
     A0, B0, dA, dB = p["lora_A0"], p["lora_B0"], p["lora_dA"], p["lora_dB"]
-    A, xi0 = A0 + dA, _xi(A0, B0)
-    xi = _xi(A, B0 + dB)
-    down = torch.cat([xi * A, xi * dA + (xi - xi0) * A0]) * w
-    hidden = F.linear(x, down.to(x.dtype))
-    return y + F.linear(hidden, torch.cat([dB, B0], dim=1).to(hidden.dtype)).to(y.dtype)
+    start, now = strength * _xi(A0, B0), strength * _xi(A0 + dA, B0 + dB)
+    h0, dh = F.linear(x, (A0 * w).to(x.dtype)), F.linear(x, (dA * w).to(x.dtype))
+    delta = _up(now * (h0 + dh), dB, h0).add_(_up(torch.addcmul(now * dh, now - start, h0), B0, h0))
+    return delta.to(y.dtype).add_(y)
+
+
+def _up(hidden: Tensor, B: Tensor, like: Tensor) -> Tensor:
+    """B · hidden (..., d_out) in the dtype of the other large products."""
+    return F.linear(hidden.to(like.dtype), B.to(like.dtype))

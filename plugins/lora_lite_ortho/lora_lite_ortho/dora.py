@@ -70,7 +70,7 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, la
     ratio = _norm_ratio(layer, A, B, w2, cfg.scale, x.dtype)
     k = (1 + m) * ratio
     hidden = F.linear(x, A.to(x.dtype))
-    delta = F.linear(hidden, (cfg.scale * k[:, None] * B).to(hidden.dtype))
     bias = getattr(layer, "bias", None)
-    frozen = y if bias is None else y - bias.to(y.dtype)
-    return y + torch.addcmul(delta.to(y.dtype), frozen, (k - 1).to(y.dtype))
+    unbias = None if bias is None else ((1 - k) * bias).to(hidden.dtype)  # (k − 1) ⊙ y has the bias in it
+    delta = F.linear(hidden, (cfg.scale * k[:, None] * B).to(hidden.dtype), unbias).to(y.dtype)
+    return delta.addcmul_(y, (k - 1).to(y.dtype)).add_(y)

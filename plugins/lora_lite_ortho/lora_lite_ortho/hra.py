@@ -47,7 +47,7 @@ def _paired(tensor: Tensor, generator: torch.Generator) -> None:
     r, d_in = tensor.shape
     bound = math.sqrt(2 / r)
     half = torch.empty(r // 2, d_in, dtype=tensor.dtype, device="cpu").uniform_(-bound, bound, generator=generator)
-    tensor.copy_(half.repeat_interleave(2, dim=0))
+    tensor.view(r // 2, 2, d_in).copy_(half[:, None])
 
 
 @hookimpl
@@ -66,10 +66,10 @@ def forward_input(x: Tensor, params: dict[str, Tensor]) -> Tensor:
         U = _unit_rows(params["lora_U"].to(full))
         half = 0.5 * torch.eye(len(U), dtype=full, device=U.device)
         M = torch.triu(U @ U.T, 1) + half
-        T = torch.linalg.solve_triangular(M, 2 * half, upper=True)
+        T = torch.linalg.solve_triangular(M, -2 * half, upper=True)  # −M⁻¹
         U = U.to(x.dtype)
         z = F.linear(F.linear(x, U).to(full), T)
-        return x - z.to(x.dtype) @ U
+        return (z.to(x.dtype) @ U).add_(x)
 
 
 def orthogonality_loss(adapter: Adapter) -> Tensor:

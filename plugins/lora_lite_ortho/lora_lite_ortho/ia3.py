@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
+
+from ._gates import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,4 +39,4 @@ def param_specs(d_out: int) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward(y: Tensor, params: dict[str, Tensor]) -> Tensor:
-    return torch.addcmul(y, y, params["lora_g"].to(y.dtype))
+    return gated(y, params["lora_g"])

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
+
+from ._gates import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,4 +38,4 @@ def param_specs(d_in: int) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward_input(x: Tensor, params: dict[str, Tensor]) -> Tensor:
-    return torch.addcmul(x, x, params["lora_g"].to(x.dtype))
+    return gated(x, params["lora_g"])

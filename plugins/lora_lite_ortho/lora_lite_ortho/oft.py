@@ -57,4 +57,4 @@ def forward_input(x: Tensor, params: dict[str, Tensor], cfg: OFTConfig) -> Tenso
         q = params["lora_q"].to(torch.promote_types(x.dtype, torch.float32))
         D = cayley_offset(skew(q, b)).to(x.dtype)  # Rᵢ − I
         blocks = x.unflatten(-1, (-1, b))
-        return x + torch.einsum("nab,...nb->...na", D, blocks).flatten(-2)
+        return torch.einsum("nab,...nb->...na", D, blocks).flatten(-2).add_(x)

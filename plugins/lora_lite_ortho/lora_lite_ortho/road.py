@@ -3,7 +3,7 @@
     y' = R (W x + b),   per pair (y₁, y₂):  (α cos θ y₁ − α sin θ y₂,  α sin θ y₁ + α cos θ y₂)
 
 mode 1 has one (θ, α) per pair, mode 2 one per row of each 2 × 2 block, mode 4 one per entry. θ starts as zeros and α as
-1 + δ with δ zero, which makes R the identity; computed as y + (c − 1) ⊙ y + …, with c − 1 = δ cos θ − 2 sin²(θ/2) exact
+1 + δ with δ zero, which makes R the identity; computed with c − 1 = α cos θ − 1 = δ − 2 α sin²(θ/2), exact
 there. Within a group of g outputs, output j is paired with j + g/2. The bias is rotated too. Needs nothing of the base.
 d_out, 2 d_out or 4 d_out parameters; elementwise work of 2 d_out per token and no matrix product.
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
+
+from ._gates import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +77,13 @@ def param_specs(d_out: int, cfg: RoAdConfig) -> dict[str, ParamSpec]:
 def forward(y: Tensor, params: dict[str, Tensor], cfg: RoAdConfig) -> Tensor:
     half = _group(y.shape[-1], cfg) // 2
     full = torch.promote_types(y.dtype, torch.float32)
-    # (groups, {cosine, sine part}, {first, second row}, g/2), where a mode that has one for several expands it
-    inner = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[cfg.mode]
-    theta, delta = (
-        params[f"lora_{n}"].to(full).reshape(-1, *inner, half).expand(-1, 2, 2, -1) for n in ("theta", "alpha")
-    )
-    cosine = delta[:, 0] * theta[:, 0].cos() - 2 * (theta[:, 0] / 2).sin().square()  # α cos θ − 1
-    sine = (1 + delta[:, 1]) * theta[:, 1].sin()
-    sign = torch.tensor([-1.0, 1.0], dtype=full, device=y.device)[:, None]
-    pairs = y.unflatten(-1, (-1, 2, half))
-    change = torch.addcmul(pairs * cosine.to(y.dtype), pairs.flip(-2), (sine * sign).to(y.dtype))
-    return y + change.flatten(-3)
+    # (groups, {cosine, sine part}, {first, second row}, g/2); a mode that has one for both has 1 there
+    parts = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[cfg.mode]
+    theta, delta = (params[f"lora_{name}"].to(full).reshape(-1, *parts, half) for name in ("theta", "alpha"))
+    alpha, h = 1 + delta, (theta[:, 0] / 2).sin()
+    c = torch.addcmul(delta[:, 0], alpha[:, 0], h * h, value=-2)  # α cos θ − 1
+    s = (alpha[:, -1] * theta[:, -1].sin()).to(y.dtype)
+    y1, y2 = y.reshape(*y.shape[:-1], -1, 2, half).unbind(-2)
+    first = torch.addcmul(gated(y1, c[:, 0]), y2, s[:, 0], value=-1)
+    second = torch.addcmul(gated(y2, c[:, -1]), y1, s[:, -1])
+    return torch.stack((first, second), dim=-2).reshape(y.shape)

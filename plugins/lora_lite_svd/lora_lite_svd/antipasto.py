@@ -89,7 +89,7 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AntiPaSTOConfi
         change = change + (S + dS) * rotate(offsets["V"], h)
     if "U" in offsets:
         change = change + rotate(offsets["U"].mT, S * h + change)  # z = (S + δ) ⊙ (R_V h) = S ⊙ h + the change so far
-    return y + F.linear(change, params["lora_U"].to(h.dtype)).to(y.dtype)
+    return F.linear(change, params["lora_U"].to(h.dtype)).to(y.dtype).add_(y)
 
 
 @hookimpl

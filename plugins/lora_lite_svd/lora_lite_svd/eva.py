@@ -83,4 +83,4 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: EVAConfig, ca
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: EVAConfig) -> Tensor:
-    return y + lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype)
+    return lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)

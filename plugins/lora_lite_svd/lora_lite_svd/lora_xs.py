@@ -52,7 +52,7 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: LoRAXSConfig, name: s
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAXSConfig) -> Tensor:
     hidden = F.linear(x, params["lora_A"].to(x.dtype))
-    return y + lowrank_delta(hidden, params["lora_R"], params["lora_B"], cfg.scale).to(y.dtype)
+    return lowrank_delta(hidden, params["lora_R"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)
 
 
 @hookimpl

@@ -62,12 +62,11 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: PiSSAConfig, name: st
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: PiSSAConfig) -> Tensor:
     A0, B0, dA, dB = (params[name].to(x.dtype) for name in ("lora_A0", "lora_B0", "lora_dA", "lora_dB"))
-    # Two matmuls: [h0; dh] = [A0; dA] x, then [dB, B0] [h0 + dh; dh].
-    h0, dh = F.linear(x, torch.cat([A0, dA])).split(cfg.r, dim=-1)
-    hidden = torch.cat([h0 + dh, dh], dim=-1)
+    dh = F.linear(x, dA)
     if cfg.scale != 1.0:
-        hidden = hidden * cfg.scale
-    return y + F.linear(hidden, torch.cat([dB, B0], dim=1).to(hidden.dtype)).to(y.dtype)
+        dh, A0 = dh * cfg.scale, A0 * cfg.scale
+    h = F.linear(x, A0) + dh
+    return F.linear(h, dB).add_(F.linear(dh, B0)).to(y.dtype).add_(y)
 
 
 @hookimpl

@@ -63,7 +63,7 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: SSVDConfig) ->
         with torch.autocast(x.device.type, enabled=False):
             offset = cayley_offset(skew(params["lora_X"].to(full), cfg.r))
         change = change + (S + dS) * F.linear(h, offset.to(h.dtype))
-    return y + F.linear(change, params["lora_U"].to(h.dtype)).to(y.dtype)
+    return F.linear(change, params["lora_U"].to(h.dtype)).to(y.dtype).add_(y)
 
 
 @hookimpl
