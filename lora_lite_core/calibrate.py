@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .layers import input_name
 
 if TYPE_CHECKING:
     from .install import Target
 
 EIGH_LIMIT = 4096  # largest covariance that is solved in full
+STRIP = 128  # rows of a Gram matrix that are summed at once, from the diagonal on: it is symmetric
 
 
 def calibration_batches(data: Iterable[Any] | None, variant: str) -> Iterable[Any]:
@@ -72,13 +73,16 @@ class Moments(Accumulator):
             self._sum, self._gram = rows.new_zeros(self.d_in), rows.new_zeros(self.d_in, self.d_in)
         self.count += len(rows)
         self._sum += rows.sum(0)
-        self._gram.addmm_(rows.T, rows)
+        for start in range(0, self.d_in, STRIP):
+            strip = slice(start, start + STRIP)
+            self._gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
 
     def second_moment(self, *, center: bool) -> Tensor:
         """E[x xᵀ], or the covariance: (d_in, d_in) float64 on the CPU. Raises CalibrationError when no row came."""
         if self._sum is None or self._gram is None:
             raise CalibrationError("no row of calibration data reached the layer")
-        gram, mean = self._gram.double().cpu() / self.count, self._sum.double().cpu() / self.count
+        upper, mean = self._gram.double().cpu().triu() / self.count, self._sum.double().cpu() / self.count
+        gram = upper + upper.triu(1).T
         return gram - torch.outer(mean, mean) if center else gram
 
 
@@ -125,7 +129,7 @@ class _Collector:
 
     def hook_for(self, target: Target) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.visit(target, args[0] if args else kwargs[next(iter(inspect.signature(layer.forward).parameters))])
+            self.visit(target, args[0] if args else kwargs[input_name(layer)])
 
         return hook
 

@@ -6,7 +6,6 @@ by layer, so that copy.deepcopy, pickle, FSDP2's parameter swaps and torch.compi
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .contract import Hook, Variant
 from .errors import BrokenPlugin, ModelStateError, UnsupportedLayer
+from .layers import input_name
 
 STATE = "_lora_lite"
 
@@ -51,7 +51,7 @@ def add_entry(layer: nn.Module, entry: Entry) -> None:
     """Put an adapter on the layer, after those that are there."""
     state = state_of(layer)
     if state is None:
-        state = LayerState(next(iter(inspect.signature(layer.forward).parameters), "input"))
+        state = LayerState(input_name(layer))
         setattr(layer, STATE, state)
     state.entries.append(entry)
     _refresh(layer, state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,16 @@ def layer_device(layer: nn.Module) -> torch.device:
 def layer_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype of the layer's first floating-point tensor, float32 when it has none (packed quantised weights)."""
     return next((t.dtype for t in _tensors(layer) if t.dtype in _FLOATS), torch.float32)
+
+
+def input_name(layer: nn.Module) -> str:
+    """How the layer's forward calls its input, for callers that write layer(input=x)."""
+    return _after_self(type(layer).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _after_self(forward: Callable[..., object]) -> str:
+    return [*inspect.signature(forward).parameters, "input", "input"][1]
 
 
 def base_forward(layer: nn.Module, x: Tensor) -> Tensor:

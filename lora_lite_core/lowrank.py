@@ -62,9 +62,8 @@ def _by_gram(weight: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor, Te
 
 
 def _randomised(weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    draws = torch.randn(
-        weight.shape[1], 2 * r, generator=generator, dtype=torch.float32, device="cpu"
-    )  # CPU: same on every device
+    # Drawn on the CPU: the same on every device.
+    draws = torch.randn(weight.shape[1], 2 * r, generator=generator, dtype=torch.float32, device="cpu")
     Q = torch.linalg.qr(weight @ draws.to(weight)).Q
     for _ in range(8):
         Q = torch.linalg.qr(weight.T @ Q).Q
@@ -85,7 +84,7 @@ def cayley_offset(X: Tensor) -> Tensor:
     """R − I of the rotation R = (I − X)⁻¹ (I + X), for skew-symmetric X (..., b, b); exactly zero at X = 0.
 
     Closed forms for b = 2 and, by its characteristic polynomial X⁴ + s X² + p² I = 0, for b = 4 (s: sum of the squared
-    upper entries, p: Pfaffian); a batched solve otherwise. Give it at least float32.
+    upper entries, p: Pfaffian); a batched inverse otherwise. Give it at least float32.
     """
     b = X.shape[-1]
     if b == 2:
@@ -98,4 +97,5 @@ def cayley_offset(X: Tensor) -> Tensor:
         X2 = X @ X
         identity = torch.eye(4, dtype=X.dtype, device=X.device)
         return 2 * (X @ X2 + X2 + (1 + s) * X - p2 * identity) / (1 + s + p2)
-    return torch.linalg.solve(torch.eye(b, dtype=X.dtype, device=X.device) - X, 2 * X)
+    # The singular values of I − X are at least 1, so that its inverse loses nothing. It commutes with X.
+    return 2 * X @ torch.linalg.inv(torch.eye(b, dtype=X.dtype, device=X.device) - X)

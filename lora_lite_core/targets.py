@@ -119,9 +119,9 @@ def _excluded(head: nn.Module | None, name: str, layer: nn.Module, cfg: AdapterC
 
 
 def _check_excludes(model: nn.Module, cfg: AdapterConfig) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for pattern in cfg.exclude_names:
-        if pattern not in EXCLUDED and not any(re.search(pattern, name) for name in names):
+    for pattern in [pattern for pattern in cfg.exclude_names if pattern not in EXCLUDED]:
+        names = [name for name, _ in model.named_modules()]
+        if not any(re.search(pattern, name) for name in names):
             raise TargetError(f"exclude_names: {pattern!r} matches no module{_near(pattern, names)}")
 
 

@@ -189,6 +189,7 @@ def test_unknown_names_get_a_suggestion() -> None:
 
 def test_missing_first_party_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entry_points", list)
+    monkeypatch.setattr(registry, "_loaded", {})
     with pytest.raises(AttributeError) as caught:
         ll.LoRAConfig  # noqa: B018
     assert str(caught.value) == "variant 'lora' is in a package that is not installed; type: pip install lora-lite-lora"

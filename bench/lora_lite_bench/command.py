@@ -68,7 +68,9 @@ def bench(
             raise click.BadParameter(f"--out {out}: folder {out.parent} does not exist")
         plan = QUICK if quick else Plan()
         plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
-        results, failures = _run_all(_names(variants), _fields(fields), range(seed, seed + seeds), plan, progress, out)
+        results, failures = _run_all(
+            variant_names(variants), _fields(fields), range(seed, seed + seeds), plan, progress, out
+        )
     scores = _base_scores(plan)
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
     wide.print(_table(results, scores, plan))
@@ -77,7 +79,7 @@ def bench(
         raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
 
-def _names(asked: tuple[str, ...]) -> list[str]:
+def variant_names(asked: tuple[str, ...]) -> list[str]:
     import lora_lite_core as ll
 
     if asked:

@@ -84,7 +84,8 @@ def new_model(settings: Settings) -> nn.Module:
         num_attention_heads=max(1, settings.hidden // 64),
         use_cache=False,
     )
-    return LlamaModel(config).to(settings.device, getattr(torch, settings.dtype)).requires_grad_(False)
+    model: Any = LlamaModel(config)
+    return model.to(settings.device, getattr(torch, settings.dtype)).requires_grad_(False)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -182,16 +183,17 @@ def interleave(
     rounds: int,
     device: str,
     advance: Callable[[], object] = lambda: None,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[Sample]]:
     """Each round calls every `prepare`, untimed, and times what it gives, in random order."""
     rng = random.Random(0)
     order = list(prepare)
     samples: dict[str, list[Sample]] = {name: [] for name in order}
-    for number in range(rounds + WARM_UP):
+    for number in range(rounds + warm_up):
         rng.shuffle(order)
         for name in order:
             sample = timed(prepare[name](), device)
-            if number >= WARM_UP:
+            if number >= warm_up:
                 samples[name].append(sample)
             advance()
     return samples

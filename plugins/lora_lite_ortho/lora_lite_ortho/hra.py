@@ -46,8 +46,8 @@ Config = HRAConfig
 def _paired(tensor: Tensor, generator: torch.Generator) -> None:
     r, d_in = tensor.shape
     bound = math.sqrt(2 / r)
-    half = torch.empty(r // 2, d_in, dtype=tensor.dtype, device="cpu").uniform_(-bound, bound, generator=generator)
-    tensor.view(r // 2, 2, d_in).copy_(half[:, None])
+    first, second = tensor.view(r // 2, 2, d_in).unbind(1)
+    second.copy_(first.uniform_(-bound, bound, generator=generator))
 
 
 @hookimpl
