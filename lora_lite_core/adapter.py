@@ -77,7 +77,9 @@ class Adapter:
         found = found_again(self.model, record)
         check_has_weights(found)
         with making_room(self.model, self.name, record.variant):
-            install(self.model, record.variant, record.cfg, self.name, record.seed, found, calibration_data)
+            install(
+                self.model, record.variant, record.cfg, self.name, record.seed, found, calibration_data=calibration_data
+            )
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -132,7 +134,7 @@ def attach(
             "the model is on the meta device and cannot be calibrated yet; "
             "give the data to adapter.initialize(calibration_data=…) once its weights are there"
         )
-    install(model, variant, cfg, name, seed, found, calibration_data, deferred=on_meta)
+    install(model, variant, cfg, name, seed, found, calibration_data=calibration_data, deferred=on_meta)
     return Adapter(model, name)
 
 

@@ -32,8 +32,8 @@ from .errors import (
     did_you_mean,
     listed,
 )
-from .install import Installation, making_room
-from .records import Record, check_name, check_one_owner, record_of, remember
+from .install import install, making_room
+from .records import Record, check_name, check_one_owner, record_of
 from .registry import get_variant
 from .targets import Found, located
 from .tensors import specs_for
@@ -97,14 +97,7 @@ def load(
         check_has_weights(found)
         values = _values_of(file, variant, found)
         check_base(file, variant, found, on_base_mismatch)
-        installation = Installation(model, variant, cfg, name, file.seed)
-        try:
-            for target in found:
-                installation.add(target, values[target.name])
-            remember(model, name, installation.commit())
-        except BaseException:
-            installation.rollback()
-            raise
+        install(model, variant, cfg, name, file.seed, found, values=values)
     adapter = Adapter(model, name)
     if not trainable:
         for parameter in adapter.parameters():

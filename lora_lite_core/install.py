@@ -178,7 +178,7 @@ def making_room(model: nn.Module, name: str, variant: Variant) -> Iterator[None]
     try:
         yield
     except BaseException:
-        install(model, record.variant, record.cfg, name, record.seed, found, None, deferred=True)
+        install(model, record.variant, record.cfg, name, record.seed, found, deferred=True)
         raise
 
 
@@ -197,15 +197,18 @@ def install(
     name: str,
     seed: int,
     found: Iterable[Found],
-    calibration_data: Any,
+    *,
+    calibration_data: Any = None,
+    values: Mapping[str, Mapping[str, Tensor]] | None = None,
     deferred: bool = False,
 ) -> None:
-    """Make a new adapter on these layers; with `deferred` its values wait for `Adapter.initialize`."""
+    """Put an adapter on these layers: with the `values` of a file, by target and bare name, or new ones, which with
+    `deferred` wait for `Adapter.initialize`."""
     installation = Installation(model, variant, cfg, name, seed)
     try:
         for target in found:
-            installation.add(target, deferred=deferred)
-        if not deferred:
+            installation.add(target, None if values is None else values[target.name], deferred=deferred)
+        if values is None and not deferred:
             installation.group_init(calibration_data)
         remember(model, name, installation.commit(ready=not deferred))
     except BaseException:

@@ -11,6 +11,7 @@ from torch import nn
 import lora_lite as ll
 
 from .models import net, token_ids, train, weights_hash
+from .usual import USUAL_LR
 
 VARIANTS = [info.name for info in ll.list_variants()]
 
@@ -83,6 +84,27 @@ def test_every_trainable_tensor_moves_and_no_other(name: str, dtype: str) -> Non
     train(model, adapter, steps=3, lr=1e-3)
     for key, tensor in adapter.named_tensors():
         assert torch.equal(tensor, before[key]) is not tensor.requires_grad, key
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bfloat16_tensors_do_not_freeze(name: str) -> None:
+    """100 AdamW steps with a constant gradient and the method's usual learning rate go most of the way they should."""
+    torch.manual_seed(0)
+    model, lr = nn.Sequential(nn.Linear(1024, 256)), USUAL_LR[name]
+    if name == "hra":  # its directions keep their published size: float32, the default, below 1e-3, as its text says
+        assert "below a learning rate of 1e-3 it wants" in (ll.get_variant(name).namespace.__doc__ or "")
+        lr = 1e-3
+    data = [torch.randn(600, 1024)] if name == "eva" else None
+    adapter = ll.attach(model, ll.LoraLiteConfig(variant=name, dtype="bfloat16"), calibration_data=data)
+    moving = {key: tensor for key, tensor in adapter.named_tensors() if tensor.requires_grad}
+    before = {key: tensor.detach().clone() for key, tensor in moving.items()}
+    for parameter in moving.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=0.0)
+    for _ in range(100):
+        optimizer.step()
+    for key, tensor in moving.items():
+        assert float((tensor - before[key]).detach().float().abs().mean()) > 0.5 * 100 * lr, key
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,0 +1,17 @@
+"""Learning rates for AdamW that the methods' authors, and large comparisons of the methods, use."""
+
+USUAL_LR = {
+    "antipasto": 5e-3,
+    "delora": 1e-3,
+    "dora": 1e-4,
+    "eva": 1e-4,
+    "hra": 1e-4,
+    "ia3": 5e-3,
+    "ia3_ff": 5e-3,
+    "lora": 1e-4,
+    "lora_xs": 4e-3,
+    "oft": 1e-3,
+    "pissa": 1e-4,
+    "road": 1e-3,
+    "ssvd": 5e-3,
+}
