@@ -97,5 +97,6 @@ def cayley_offset(X: Tensor) -> Tensor:
         X2 = X @ X
         identity = torch.eye(4, dtype=X.dtype, device=X.device)
         return 2 * (X @ X2 + X2 + (1 + s) * X - p2 * identity) / (1 + s + p2)
-    # The singular values of I − X are at least 1, so that its inverse loses nothing. It commutes with X.
-    return 2 * X @ torch.linalg.inv(torch.eye(b, dtype=X.dtype, device=X.device) - X)
+    identity = torch.eye(b, dtype=X.dtype, device=X.device)
+    # R = 2 (I − X)⁻¹ − I. The singular values of I − X are at least 1: its inverse loses nothing and needs no check.
+    return 2 * (torch.linalg.inv_ex(identity - X).inverse - identity)

@@ -1,4 +1,4 @@
-"""Gates that are trained as offsets from one, for IA3, IA3-FF and RoAd."""
+"""Multiplication by gates near one, for IA3, IA3-FF and RoAd."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def gated(t: Tensor, g: Tensor) -> Tensor:
-    """(1 + g) ⊙ t in t's dtype, g broadcast over the leading dimensions; exactly t at g = 0."""
-    if torch.finfo(t.dtype).bits < 32:  # where 1 + g would round small g away
-        return torch.addcmul(t, t, g.to(t.dtype))
-    return t * (1 + g.to(t.dtype))
+def gated(t: Tensor, gate: Tensor) -> Tensor:
+    """gate ⊙ t in t's dtype, exactly t where the gate is 1; the gate, in at least float32, is broadcast to t."""
+    if torch.finfo(t.dtype).bits < 32:  # which would round a gate near 1 to 1
+        return torch.addcmul(t, t, (gate - 1).to(t.dtype))
+    return t * gate

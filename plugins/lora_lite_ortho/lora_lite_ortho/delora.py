@@ -63,8 +63,8 @@ def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
 
 
 def _xi(A: Tensor, B: Tensor) -> Tensor:
-    """Ξ (r,); each norm is held above 1e-4."""
-    return (A.square().sum(1).clamp_min(1e-8) * B.square().sum(0).clamp_min(1e-8)).rsqrt()
+    """Ξ (r,)."""
+    return (A.square().sum(1) * B.square().sum(0)).clamp_min(1e-16).rsqrt()
 
 
 @hookimpl
@@ -74,8 +74,9 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DeLoRAConfig) 
     w, strength = p["lora_w"], (cfg.lambda0 + p["lora_lambda"]) / cfg.r
     if not cfg.frozen_copy:
         A, B = p["lora_A"], p["lora_B"]
+        xi = (A.square().sum(1).clamp_min(1e-8) * B.square().sum(0).clamp_min(1e-8)).rsqrt()  # B is zero at first
         hidden = F.linear(x, (A * w).to(x.dtype))
-        return _up(hidden * (strength * _xi(A, B)), B, hidden).to(y.dtype).add_(y)
+        return _up(hidden * (strength * xi), B, hidden).to(y.dtype).add_(y)
     A0, B0, dA, dB = p["lora_A0"], p["lora_B0"], p["lora_dA"], p["lora_dB"]
     start, now = strength * _xi(A0, B0), strength * _xi(A0 + dA, B0 + dB)
     h0, dh = F.linear(x, (A0 * w).to(x.dtype)), F.linear(x, (dA * w).to(x.dtype))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
@@ -39,4 +40,4 @@ def param_specs(d_out: int) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward(y: Tensor, params: dict[str, Tensor]) -> Tensor:
-    return gated(y, params["lora_g"])
+    return gated(y, 1 + params["lora_g"].to(torch.promote_types(y.dtype, torch.float32)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
@@ -38,4 +39,4 @@ def param_specs(d_in: int) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward_input(x: Tensor, params: dict[str, Tensor]) -> Tensor:
-    return gated(x, params["lora_g"])
+    return gated(x, 1 + params["lora_g"].to(torch.promote_types(x.dtype, torch.float32)))

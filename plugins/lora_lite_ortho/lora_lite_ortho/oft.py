@@ -55,6 +55,8 @@ def forward_input(x: Tensor, params: dict[str, Tensor], cfg: OFTConfig) -> Tenso
     b = cfg.block_size
     with torch.autocast(x.device.type, enabled=False):
         q = params["lora_q"].to(torch.promote_types(x.dtype, torch.float32))
-        D = cayley_offset(skew(q, b)).to(x.dtype)  # Rᵢ − I
-        blocks = x.unflatten(-1, (-1, b))
-        return torch.einsum("nab,...nb->...na", D, blocks).flatten(-2).add_(x)
+        R = cayley_offset(skew(q, b))  # Rᵢ − I, and left so where I + … would round it away
+        if full := torch.finfo(x.dtype).bits >= 32:
+            R = R + torch.eye(b, dtype=R.dtype, device=R.device)
+        rotated = torch.einsum("...nb,nab->...na", x.unflatten(-1, (-1, b)), R.to(x.dtype)).flatten(-2)
+        return rotated if full else rotated.add_(x)

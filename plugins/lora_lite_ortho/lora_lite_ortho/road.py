@@ -3,9 +3,9 @@
     y' = R (W x + b),   per pair (y₁, y₂):  (α cos θ y₁ − α sin θ y₂,  α sin θ y₁ + α cos θ y₂)
 
 mode 1 has one (θ, α) per pair, mode 2 one per row of each 2 × 2 block, mode 4 one per entry. θ starts as zeros and α as
-1 + δ with δ zero, which makes R the identity; computed with c − 1 = α cos θ − 1 = δ − 2 α sin²(θ/2), exact
-there. Within a group of g outputs, output j is paired with j + g/2. The bias is rotated too. Needs nothing of the base.
-d_out, 2 d_out or 4 d_out parameters; elementwise work of 2 d_out per token and no matrix product.
+1 + δ with δ zero, which makes R the identity. Within a group of g outputs, output j is paired with j + g/2. The bias is
+rotated too. Needs nothing of the base. d_out, 2 d_out or 4 d_out parameters; elementwise work of 2 d_out per token and
+no matrix product.
 
 Liao, Monz: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, 2024 (NeurIPS),
 arXiv:2409.00119.
@@ -80,10 +80,9 @@ def forward(y: Tensor, params: dict[str, Tensor], cfg: RoAdConfig) -> Tensor:
     # (groups, {cosine, sine part}, {first, second row}, g/2); a mode that has one for both has 1 there
     parts = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[cfg.mode]
     theta, delta = (params[f"lora_{name}"].to(full).reshape(-1, *parts, half) for name in ("theta", "alpha"))
-    alpha, h = 1 + delta, (theta[:, 0] / 2).sin()
-    c = torch.addcmul(delta[:, 0], alpha[:, 0], h * h, value=-2)  # α cos θ − 1
-    s = (alpha[:, -1] * theta[:, -1].sin()).to(y.dtype)
+    alpha = 1 + delta
+    cosine, sine = alpha[:, 0] * theta[:, 0].cos(), (alpha[:, -1] * theta[:, -1].sin()).to(y.dtype)
     y1, y2 = y.reshape(*y.shape[:-1], -1, 2, half).unbind(-2)
-    first = torch.addcmul(gated(y1, c[:, 0]), y2, s[:, 0], value=-1)
-    second = torch.addcmul(gated(y2, c[:, -1]), y1, s[:, -1])
+    first = torch.addcmul(gated(y1, cosine[:, 0]), y2, sine[:, 0], value=-1)
+    second = torch.addcmul(gated(y2, cosine[:, -1]), y1, sine[:, -1])
     return torch.stack((first, second), dim=-2).reshape(y.shape)

@@ -42,4 +42,4 @@ def block_offset(T: Tensor, cfg: Any, x: Tensor) -> Tensor:
 def rotate(offset: Tensor, h: Tensor) -> Tensor:
     """(R − I) h for blocks (n, b, b) and coordinates (..., n·b)."""
     blocks = h.unflatten(-1, offset.shape[:2])
-    return torch.einsum("nab,...nb->...na", offset.to(h.dtype), blocks).flatten(-2)
+    return torch.einsum("...nb,nab->...na", blocks, offset.to(h.dtype)).flatten(-2)
