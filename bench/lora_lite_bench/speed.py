@@ -10,6 +10,7 @@ import copy
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,7 +112,9 @@ def attach_ours(model: nn.Module, cfg: ll.AdapterConfig, calibration: Any) -> nn
 def attach_theirs(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():  # it asks transformers for things by old names
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 class Contestant:
