@@ -1,4 +1,4 @@
-"""Multiplication by gates near one, for IA3, IA3-FF and RoAd."""
+"""Multiplication by gates near one, for DoRA, IA3, IA3-FF and RoAd."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """DoRA: LoRA for the direction of each row of the weight, and a trainable magnitude for each row.
 
     W' = m ⊙ V / ‖V‖,   V = W + s · B A,   ‖·‖ per output row,   m = ‖W‖ (1 + δ),   s = alpha / r
-    y = (W x + b) + (k − 1) ⊙ (W x) + k ⊙ s · B (A x),   k = (1 + δ) ‖W‖ / ‖V‖
+    y = k ⊙ (W x + s · B A x) + b,   k = (1 + δ) ‖W‖ / ‖V‖
 
 A (r, d_in) starts as U(±1/√d_in), B (d_out, r) and δ (d_out) as zeros. Identity at step 0 because B = 0 makes ‖V‖
 the very number ‖W‖, so that k is 1. The norm is taken anew at every call and carries no gradient (section 4.3 of the
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lite_core import LowRankConfig, ParamSpec, base_forward, dense_weight, hookimpl, layer_dtype
+
+from ._gates import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,6 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, la
     k = (1 + m) * ratio
     hidden = F.linear(x, A.to(x.dtype))
     bias = getattr(layer, "bias", None)
-    unbias = None if bias is None else ((1 - k) * bias).to(hidden.dtype)  # (k − 1) ⊙ y has the bias in it
+    unbias = None if bias is None else ((1 - k) * bias).to(hidden.dtype)  # k ⊙ y has the bias in it
     delta = F.linear(hidden, (cfg.scale * k[:, None] * B).to(hidden.dtype), unbias).to(y.dtype)
-    return delta.addcmul_(y, (k - 1).to(y.dtype)).add_(y)
+    return delta.add_(gated(y, k))

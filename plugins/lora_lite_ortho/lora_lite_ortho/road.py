@@ -82,7 +82,7 @@ def forward(y: Tensor, params: dict[str, Tensor], cfg: RoAdConfig) -> Tensor:
     theta, delta = (params[f"lora_{name}"].to(full).reshape(-1, *parts, half) for name in ("theta", "alpha"))
     alpha = 1 + delta
     cosine, sine = alpha[:, 0] * theta[:, 0].cos(), (alpha[:, -1] * theta[:, -1].sin()).to(y.dtype)
-    y1, y2 = y.reshape(*y.shape[:-1], -1, 2, half).unbind(-2)
+    y1, y2 = y.reshape(*y.shape[:-1], y.shape[-1] // (2 * half), 2, half).unbind(-2)
     first = torch.addcmul(gated(y1, cosine[:, 0]), y2, sine[:, 0], value=-1)
     second = torch.addcmul(gated(y2, cosine[:, -1]), y1, sine[:, -1])
     return torch.stack((first, second), dim=-2).reshape(y.shape)

@@ -1,0 +1,42 @@
+"""What a check is: a function whose docstring is the promise, and one line on how to mend what breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .subject import CheckFailed, Subject
+
+
+@dataclass(frozen=True)
+class Check:
+    """`name` without check_, the promise in one sentence, and the way to keep it."""
+
+    name: str
+    promise: str
+    mend: str
+    function: Callable[[Subject], None]
+
+    def __call__(self, subject: Subject) -> None:
+        """Raise CheckFailed when the variant breaks the promise, or fails in another way on the way there."""
+        try:
+            self.function(subject)
+        except Exception as error:
+            seen = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
+            raise CheckFailed(
+                f"'{subject.variant.name}' breaks a promise: {self.promise}\n  seen: {seen}\n  to mend: {self.mend}"
+            ) from error
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def promise(mend: str) -> Callable[[Callable[[Subject], None]], Check]:
+    """Make a check of a function check_…, and list it."""
+
+    def register(function: Callable[[Subject], None]) -> Check:
+        name = function.__name__.removeprefix("check_")
+        CHECKS[name] = Check(name, " ".join((function.__doc__ or "").split()), mend, function)
+        return CHECKS[name]
+
+    return register
