@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known:
-            hint = "\n  type: pip install lora-lite-bench" if args[0] == "bench" else ""
+            hint = "\n  type: pip install lora-lite-bench" if args[0] in ("bench", "speed") else ""
             raise click.UsageError(
                 f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}{hint}"
             )
@@ -107,6 +108,50 @@ def inspect(subject: str, as_json: bool) -> None:
     for info in found:
         about = describe(info)
         click.echo(json.dumps(about, indent=2) if as_json else _page(about))
+
+
+@main.command()
+@click.argument("name", metavar="VARIANT")
+@click.option("--set", "pairs", multiple=True, metavar="FIELD=VALUE", help="A config field, as in --set block_size=8.")
+@click.option("--only", multiple=True, metavar="CHECK", help="Run this check alone; may be repeated.")
+@click.option("--expect", multiple=True, metavar="CHECK", help="A check that is known to fail, and must.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> None:
+    """Check that VARIANT keeps every promise of the library (the conformance kit). r is 4 unless it is set."""
+    from .config import RankConfig
+    from .registry import get_variant
+    from .testing import run_checks
+
+    Config = get_variant(name).Config
+    rank = {"r": 4} if issubclass(Config, RankConfig) else {}
+    cfg = Config(**{**rank, **config_fields(pairs)})
+    results = run_checks(cfg, only=only, expected_failures=dict.fromkeys(expect, "--expect"))
+    if as_json:
+        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
+    else:
+        width = max(len(result.name) for result in results)
+        for result in results:
+            click.echo(f"{result.name:{width}}  {result.outcome:19}  {result.seconds:5.1f} s")
+        failed = [result for result in results if not result.ok]
+        for result in failed:
+            click.echo(f"\n{result.name}: {result.message or 'passes, although it is expected to fail'}")
+        click.echo(f"\n{name}: {len(results) - len(failed)} of {len(results)} promises kept")
+    if not all(result.ok for result in results):
+        raise click.exceptions.Exit(1)
+
+
+def config_fields(pairs: Iterable[str]) -> dict[str, Any]:
+    """`r=4`, `layers=[0, 1]`, `rotate_basis=both` as config fields; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not FIELD=VALUE, as in --set r=16")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _page(about: dict[str, Any]) -> str:

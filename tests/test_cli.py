@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_inspect_file(tmp_path: Path) -> None:
     [
         (
             ("varants",),
-            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, inspect, variants",
+            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, inspect, speed, variants",
         ),
         (("inspect", "lor"), "'lor' is neither a file nor an installed variant; did you mean 'lora'?"),
         (("inspect", "none.safetensors"), "none.safetensors cannot be read: No such file"),
@@ -109,3 +110,23 @@ def test_commands_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version() -> None:
     assert call("--version")[1] == f"lora-lite, version {ll.__version__}\n"
+
+
+def test_check_prints_a_table_and_how_to_mend() -> None:
+    code, output = call("check", "ia3", "--only", "quiet", "--only", "config_survives_json")
+    assert code == 0, output
+    assert re.search(r"^quiet +passed +\d+\.\d s$", output, flags=re.M)
+    assert "ia3: 2 of 2 promises kept" in output
+    code, output = call("check", "dora", "--only", "gradients", "--set", "r=2")
+    assert code == 1
+    assert "'dora' breaks a promise: In float64 the gradients" in output
+    assert "to mend: use differentiable operations" in output
+    assert call("check", "dora", "--only", "gradients", "--expect", "gradients")[0] == 0
+
+
+def test_check_as_json_and_its_mistakes() -> None:
+    (result,) = json.loads(call("check", "road", "--only", "quiet", "--json", "--set", "mode=2")[1])
+    assert (result["name"], result["outcome"], result["message"]) == ("quiet", "passed", "")
+    assert "no check is called 'quite'; did you mean 'quiet'?" in call("check", "road", "--only", "quite")[1]
+    assert "RoAdConfig(mode=3): the modes are 1, 2 and 4" in call("check", "road", "--set", "mode=3")[1]
+    assert "'mode' is not FIELD=VALUE" in call("check", "road", "--set", "mode")[1]

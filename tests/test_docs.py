@@ -30,7 +30,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quickstart_and_what_else_there_is(in_a_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart, more, _ = blocks("python")
+    quickstart, more, _, _ = blocks("python")
     names: dict[str, object] = {}
     exec(compile(quickstart, "README quickstart", "exec"), names)
     assert (in_a_folder / "adapter.safetensors").exists()
@@ -58,6 +58,11 @@ def test_the_variant_in_the_readme_works(registered, tmp_path: Path) -> None:
         fresh = net()
         ll.load(fresh, tmp_path / "a.safetensors")
         assert torch.equal(fresh(token_ids()), trained)
+        exec(compile(blocks("python")[3], "README test", "exec"), vars(module))
+        (mark,) = module.test_gained.pytestmark
+        assert "identity_at_start" in [case.id for case in mark.args[1]]
+        for case in mark.args[1]:
+            module.test_gained(*case.values)
     finally:
         del sys.modules["lora_lite_gained"]
 
@@ -100,7 +105,7 @@ def test_the_package_table_is_what_the_packages_provide() -> None:
         assert rows[package] == ", ".join(names)
 
 
-@pytest.mark.parametrize("command", re.findall(r"`(lora-lite (?:variants|inspect)[^`]*)`", README))
+@pytest.mark.parametrize("command", re.findall(r"`(lora-lite (?:variants|inspect|check (?!gained))[^`]*)`", README))
 def test_commands_in_the_readme(command: str, in_a_folder: Path) -> None:
     if "VARIANT" in command:
         command = command.replace("VARIANT", "ia3")
@@ -123,3 +128,18 @@ def test_the_example_readme_shows_its_row() -> None:
     example = ROOT / "examples/lora-lite-scale"
     docstring = ast.get_docstring(ast.parse((example / "lora_lite_scale/__init__.py").read_text(encoding="utf-8")))
     assert f"scale    lora-lite-scale 0.3.0  ok     {docstring}" in (example / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_performance_page_shows_the_table_that_the_command_prints() -> None:
+    from lora_lite_bench.speed import Settings, cases
+    from lora_lite_bench.speed_command import HEADS, INIT_HEADS
+
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    first, second = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+        for table in re.findall(r"(?:^\|.*\|\n)+", page, flags=re.M)
+    )
+    assert (tuple(first[0]), tuple(second[0])) == (HEADS, INIT_HEADS)
+    labels = [case.label for case in cases([info.name for info in ll.list_variants()], Settings())]
+    assert [row[0] for row in first[2:]] == ["frozen", *labels]
+    assert "    lora-lite speed\n" in page

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_lite_core.cli import config_fields
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -69,7 +71,7 @@ def bench(
         plan = QUICK if quick else Plan()
         plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
         results, failures = _run_all(
-            variant_names(variants), _fields(fields), range(seed, seed + seeds), plan, progress, out
+            variant_names(variants), config_fields(fields), range(seed, seed + seeds), plan, progress, out
         )
     scores = _base_scores(plan)
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
@@ -85,19 +87,6 @@ def variant_names(asked: tuple[str, ...]) -> list[str]:
     if asked:
         return [ll.get_variant(name).name for name in dict.fromkeys(asked)]
     return [info.name for info in ll.list_variants() if info.state == "ok"]
-
-
-def _fields(pairs: tuple[str, ...]) -> dict[str, Any]:
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{pair!r} is not FIELD=VALUE, as in --set r=16")
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = value
-    return fields
 
 
 def _make_base(folder: Path, steps: int, seed: int, progress: Progress, console: Console) -> None:

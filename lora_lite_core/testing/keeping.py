@@ -87,6 +87,11 @@ def check_two_adapters_on_one_layer(s: Subject) -> None:
             close(model(s.x()), first(s.x()), 1e-6, "the first adapter, the second one being off")
         detach(model, "one")
         close(model(s.x()), second(s.x()), 1e-6, "the second adapter, the first one being gone")
+        s.attach(model, "three")
+        before = model(s.x())
+        for parameter in adapters(model)["three"].parameters():
+            parameter.add_(0.05)
+        must(not torch.equal(model(s.x()), before), "beside the second, a third adapter does nothing")
 
 
 @promise("act through forward and forward_input alone; do not replace the layer's forward or its weight")

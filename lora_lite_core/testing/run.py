@@ -9,7 +9,8 @@ from typing import Any
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, did_you_mean
-from . import keeping, running, start, training  # noqa: F401  (each lists its checks)
+
+from . import start, running, training, keeping  # noqa: F401  # isort: skip  (each lists its checks, in this order)
 from .promise import CHECKS, Check
 from .subject import CheckFailed, Subject
 

@@ -86,7 +86,7 @@ def check_gradients(s: Subject) -> None:
     try:
         gradcheck(run, (x, *values), fast_mode=True)
     except GradcheckError as error:
-        must(False, " ".join(str(error).split())[:300])
+        must(False, " ".join(str(error).split()).partition(" The above")[0])
 
 
 @promise("make forward a function of its arguments alone, without state between calls")

@@ -1,0 +1,391 @@
+"""The conformance kit passes every variant of ours, and catches wrong ones with the check that is there for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lora_lite as ll
+from lora_lite_core.testing import run_checks, variant_checks
+from lora_lite_core.testing.promise import CHECKS
+
+SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}}
+EXPECTED = {"dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"}}
+
+
+def config(name: str) -> ll.AdapterConfig:
+    rank = {"r": 4} if issubclass(ll.get_variant(name).Config, ll.RankConfig) else {}
+    return ll.LoraLiteConfig(variant=name, **{**rank, **SMALL.get(name, {})})
+
+
+@pytest.mark.parametrize("name", [info.name for info in ll.list_variants()])
+def test_our_variants_keep_every_promise(name: str) -> None:
+    results = run_checks(config(name), expected_failures=EXPECTED.get(name))
+    assert len(results) == len(CHECKS) >= 25
+    assert not [result.message for result in results if not result.ok]
+    assert sum(result.seconds for result in results) < 60, "20 s on a quiet machine"
+
+
+@variant_checks(ll.LoRAConfig(r=2, target_names=("q_proj",), rank_pattern={"q_proj": 3}))
+def test_in_pytest_with_a_config_for_another_model(check: Callable[[], None]) -> None:
+    check()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongConfig(ll.LowRankConfig):
+    variant = "wrong"
+
+    r: int = 2
+
+
+def right() -> types.SimpleNamespace:
+    """LoRA: what the wrong ones are bent from."""
+
+    @ll.hookimpl
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+        return {"lora_A": ll.ParamSpec((cfg.r, d_in), "kaiming_uniform"), "lora_B": ll.ParamSpec((d_out, cfg.r))}
+
+    @ll.hookimpl
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return y + ll.lowrank_delta(x, params["lora_A"], params["lora_B"]).to(y.dtype)
+
+    return types.SimpleNamespace(Config=WrongConfig, param_specs=param_specs, forward=forward, __name__="wrong")
+
+
+Wrong = Callable[[types.SimpleNamespace], None]
+WRONG: dict[str, tuple[str, Wrong]] = {}
+
+
+def caught_by(check: str) -> Callable[[Wrong], Wrong]:
+    def add(bend: Wrong) -> Wrong:
+        WRONG[bend.__name__] = (check, bend)
+        return bend
+
+    return add
+
+
+def delta(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    return ll.lowrank_delta(x, params["lora_A"], params["lora_B"])
+
+
+@caught_by("identity_at_start")
+def not_the_identity(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(lambda d_in, d_out, cfg: {
+        "lora_A": ll.ParamSpec((cfg.r, d_in), "kaiming_uniform"), "lora_B": ll.ParamSpec((d_out, cfg.r), "kaiming_uniform")
+    })  # fmt: skip
+
+
+@caught_by("identity_at_start")
+def re_adds_the_base(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(
+        lambda x, y, params, layer: F.linear(x, layer.weight * 1.1 - layer.weight * 0.1) + delta(x, params)
+    )
+
+
+@caught_by("every_trainable_tensor_moves")
+def a_dead_tensor(v: types.SimpleNamespace) -> None:
+    specs = v.param_specs
+    v.param_specs = ll.hookimpl(lambda d_in, d_out, cfg: {**specs(d_in, d_out, cfg), "lora_unused": ll.ParamSpec((3,))})
+
+
+@caught_by("every_trainable_tensor_moves")
+def all_zeros(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(
+        lambda d_in, d_out, cfg: {"lora_A": ll.ParamSpec((cfg.r, d_in)), "lora_B": ll.ParamSpec((d_out, cfg.r))}
+    )
+
+
+@caught_by("base_is_never_written")
+def writes_the_weight(v: types.SimpleNamespace) -> None:
+    def init(layer: nn.Module) -> None:
+        layer.weight.data.mul_(0.999)
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("base_is_never_written")
+def keeps_state_on_the_layer(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], layer: nn.Module) -> Tensor:
+        layer.seen = getattr(layer, "seen", 0) + 1  # type: ignore[assignment]
+        return y + delta(x, params)
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("inputs_are_not_written")
+def writes_its_input(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        change = delta(x, params)
+        x.data += 1e-3
+        return y + change
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("inputs_are_not_written")
+def writes_its_output(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y.add_(delta(x, params).to(y.dtype)))
+
+
+@caught_by("rows_are_independent")
+def branches_on_the_data(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(
+        lambda x, y, params: y + delta(x, params) * (2 if x.numel() and float(x.abs().max()) > 20 else 1)
+    )
+
+
+@caught_by("rows_are_independent")
+def batch_statistics(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x - x.flatten(0, -2).mean(0), params))
+
+
+@caught_by("any_leading_shape")
+def two_dimensions_only(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        batch, length, _ = x.shape
+        return y + delta(x.view(batch * length, -1), params).view(batch, length, -1).to(y.dtype)
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("reload_on_a_fresh_model")
+def forgotten_persistence(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(lambda d_in, d_out, cfg: {
+        "lora_A": ll.ParamSpec((cfg.r, d_in), "kaiming_uniform", as_buffer=True, persistent=False), "lora_B": ll.ParamSpec((d_out, cfg.r)),
+    })  # fmt: skip
+
+    def init(params: dict[str, Tensor]) -> None:
+        params["lora_A"].copy_(torch.randn(params["lora_A"].shape))
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("start_depends_on_the_seed_alone")
+def global_randomness(v: types.SimpleNamespace) -> None:
+    def init(params: dict[str, Tensor]) -> None:
+        params["lora_A"].copy_(torch.randn(params["lora_A"].shape))
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("quiet")
+def consumes_pythons_randomness(v: types.SimpleNamespace) -> None:
+    def init(params: dict[str, Tensor]) -> None:
+        params["lora_A"].mul_(1 + 0 * random.random())
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("quiet")
+def prints(v: types.SimpleNamespace) -> None:
+    def init(params: dict[str, Tensor]) -> None:
+        print(params["lora_A"].shape)  # noqa: T201
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("forward_is_repeatable")
+def noise_in_forward(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) * (1 + 0.01 * torch.randn(())))
+
+
+@caught_by("forward_is_repeatable")
+def trains_in_forward(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        change = delta(x, params).to(y.dtype)
+        params["lora_B"].data.mul_(0.99)
+        return y + change
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("quantised_layers")
+def decomposes_packed_codes(v: types.SimpleNamespace) -> None:
+    def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
+        values = layer.weight.detach().flatten().float()  # the codes of a packed layer
+        params["lora_A"].copy_(values[: params["lora_A"].numel()].reshape(params["lora_A"].shape))
+
+    v.init = ll.hookimpl(init)
+
+
+def frozen_basis(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(lambda d_in, d_out, cfg: {
+        "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False), "lora_B": ll.ParamSpec((d_out, cfg.r)),
+    })  # fmt: skip
+
+    def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
+        params["lora_A"].copy_(ll.dense_weight(layer)[: len(params["lora_A"])])
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("wrong_base_is_refused")
+def no_fingerprint(v: types.SimpleNamespace) -> None:
+    frozen_basis(v)
+
+
+@caught_by("wrong_base_is_refused")
+def blind_fingerprint(v: types.SimpleNamespace) -> None:
+    frozen_basis(v)
+    v.fingerprint = ll.hookimpl(lambda layer: torch.ones(17))
+
+
+@caught_by("low_precision")
+def wrong_dtype_out(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y.float() + delta(x, params).float())
+
+
+@caught_by("parameters_are_read_at_each_call")
+def cached_parameters(v: types.SimpleNamespace) -> None:
+    kept: dict[int, Tensor] = {}
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], layer: nn.Module) -> Tensor:
+        B = kept.setdefault(id(layer), params["lora_B"])
+        return y + ll.lowrank_delta(x, params["lora_A"], B).to(y.dtype)
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("copies_are_independent")
+def closure_over_the_layer(v: types.SimpleNamespace) -> None:
+    first: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
+        first[tuple(params["lora_B"].shape) + tuple(params["lora_A"].shape)] = [params["lora_A"], params["lora_B"]]
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        A, B = first[tuple(params["lora_B"].shape) + tuple(params["lora_A"].shape)]
+        return y + ll.lowrank_delta(x, A, B).to(y.dtype) + 0 * delta(x, params).to(y.dtype)
+
+    v.init, v.forward = ll.hookimpl(init), ll.hookimpl(forward)
+
+
+@caught_by("affine_as_declared")
+def not_affine(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + torch.tanh(delta(x, params)).to(y.dtype))
+
+
+@caught_by("affine_as_declared")
+def affine_but_declared_not(v: types.SimpleNamespace) -> None:
+    v.AFFINE = False
+
+
+@caught_by("disabled_is_the_base")
+def replaces_forward(v: types.SimpleNamespace) -> None:
+    def init(layer: Any, params: dict[str, Tensor]) -> None:
+        old, B = layer.forward, params["lora_B"]
+        layer.forward = lambda x: old(x) + B.sum()
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("gradients")
+def cuts_the_gradient(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x.detach(), params).to(y.dtype))
+
+
+@caught_by("gradients")
+def float32_in_float64(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(
+        lambda x, y, params: (
+            y + F.linear(F.linear(x.float(), params["lora_A"].float()), params["lora_B"].float()).to(y.dtype)
+        )
+    )
+
+
+@caught_by("compiles_without_a_break")
+def a_choice_in_python(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(
+        lambda x, y, params: y + (delta(x, params) if params["lora_B"].sum() < 1e9 else x).to(y.dtype)
+    )
+
+
+@caught_by("checkpointing")
+def counts_its_calls(v: types.SimpleNamespace) -> None:
+    calls = [0]
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        calls[0] += 1
+        return y + delta(x, params).to(y.dtype) * (1 + 0.1 * (calls[0] % 7))
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("specs_are_pure")
+def shapes_by_the_weight(v: types.SimpleNamespace) -> None:
+    sizes = iter(range(2, 10_000))
+    v.param_specs = ll.hookimpl(lambda d_in, d_out: {
+        "lora_A": ll.ParamSpec((rank := next(sizes), d_in), "kaiming_uniform"), "lora_B": ll.ParamSpec((d_out, rank)),
+    })  # fmt: skip
+
+
+@caught_by("loss_falls")
+def uphill(v: types.SimpleNamespace) -> None:
+    class Up(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, t: Tensor) -> Tensor:
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return -gradient
+
+    v.forward = ll.hookimpl(lambda x, y, params: y + Up.apply(delta(x, params)).to(y.dtype))
+
+
+@caught_by("two_adapters_on_one_layer")
+def one_set_of_tensors_for_all(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, layer: Any) -> Tensor:
+        names = [name for name in layer._parameters if name.startswith("lora_B")]
+        A, B = layer._parameters[names[0].replace("lora_B", "lora_A")], layer._parameters[names[0]]
+        return y + ll.lowrank_delta(x, A, B).to(y.dtype)
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("reload_under_another_name")
+def attributes_by_their_own_name(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, layer: y + ll.lowrank_delta(x, layer.lora_A, layer.lora_B).to(y.dtype))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_variants_are_caught(name: str, registered: Any) -> None:
+    check, bend = WRONG[name]
+    namespace = right()
+    bend(namespace)
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig(), only=[check])
+    assert result.outcome == "failed", name
+    assert f"'wrong' breaks a promise: {CHECKS[check].promise}" in result.message
+    assert "\n  seen: " in result.message
+    assert f"\n  to mend: {CHECKS[check].mend}" in result.message
+
+
+def test_the_right_one_passes(registered: Any) -> None:
+    registered(right(), name="wrong")
+    assert [r.message for r in run_checks(WrongConfig()) if not r.ok] == []
+
+
+def test_expected_failures_are_strict(registered: Any) -> None:
+    namespace = right()
+    not_affine(namespace)
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig(), only=["affine_as_declared"], expected_failures={"affine_as_declared": "tanh"})
+    assert (result.outcome, result.ok) == ("expected failure", True)
+    (result,) = run_checks(WrongConfig(), only=["quiet"], expected_failures={"quiet": "prints"})
+    assert (result.outcome, result.ok) == ("unexpectedly passed", False)
+    with pytest.raises(ll.ConfigError, match="no check is called 'quite'; did you mean 'quiet'?"):
+        run_checks(WrongConfig(), expected_failures={"quite": "typo"})
+
+
+def test_there_are_enough_wrong_ones() -> None:
+    assert len(WRONG) >= 20
+    assert {check for check, _ in WRONG.values()} <= set(CHECKS)
