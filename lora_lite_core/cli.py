@@ -140,6 +140,25 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
         raise click.exceptions.Exit(1)
 
 
+@main.command()
+@click.argument("name")
+@click.option(
+    "--folder", default=".", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Parent folder."
+)
+@click.option("--author", default="Your Name", show_default=True, help="For the licence, the citation and pip.")
+def new(name: str, folder: Path, author: str) -> None:
+    """Write a complete package lora-lite-NAME with a working variant, its tests and README, to start from."""
+    from .scaffold import new_package
+
+    try:
+        made = new_package(name, folder, author)
+    except FileExistsError as error:
+        raise click.ClickException(str(error)) from error
+    for path in sorted(path for path in made.rglob("*") if path.is_file()):
+        click.echo(path)
+    click.echo(f"\nnext: cd {made}; pip install -e '.[test]'; pytest")
+
+
 def config_fields(pairs: Iterable[str]) -> dict[str, Any]:
     """`r=4`, `layers=[0, 1]`, `rotate_basis=both` as config fields; values are JSON, or text where they are not."""
     found: dict[str, Any] = {}

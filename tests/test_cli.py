@@ -71,7 +71,7 @@ def test_inspect_file(tmp_path: Path) -> None:
     [
         (
             ("varants",),
-            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, inspect, speed, variants",
+            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, inspect, new, speed, variants",
         ),
         (("inspect", "lor"), "'lor' is neither a file nor an installed variant; did you mean 'lora'?"),
         (("inspect", "none.safetensors"), "none.safetensors cannot be read: No such file"),

@@ -74,6 +74,23 @@ def test_six_wheels(wheels: Path) -> None:
     assert "plugins/" not in core
 
 
+def test_a_scaffolded_package_builds_installs_and_passes_its_tests(
+    wheels: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("scaffold")
+    python = environment(folder, wheels, "lora_lite_core")
+    run(python, "-m", "lora_lite_core", "new", "my-gain", "--author", "Ada L.", cwd=folder)
+    package = folder / "lora-lite-my-gain"
+    run("uv", "build", "--wheel", "--out-dir", folder / "dist", package, cwd=folder)
+    run("uv", "pip", "install", "--python", python, next((folder / "dist").glob("*.whl")), "pytest", cwd=folder)
+    shutil.rmtree(package / "lora_lite_my_gain")  # the tests are to see what is installed
+    done = run(python, "-m", "pytest", "-q", cwd=package)
+    assert re.search(r"\b2\d passed", done.stdout), done.stdout
+    listed = run(python, "-m", "lora_lite_core", "variants", cwd=folder).stdout
+    assert re.search(r"^my_gain +lora-lite-my-gain 0\.1\.0 +ok +My gain: ", listed, flags=re.M)
+    run(python, "-c", "import lora_lite as ll; print(ll.MyGainConfig(r=2))", cwd=folder)
+
+
 def test_core_and_svd_alone(python: Path, tmp_path: Path) -> None:
     listed = run(python, "-m", "lora_lite_core", "variants", cwd=tmp_path).stdout
     assert re.search(r"^pissa +lora-lite-svd 0\.1\.0 +ok ", listed, flags=re.M)

@@ -1,0 +1,74 @@
+"""`lora-lite new`: a complete package with a working variant, from the templates of this wheel."""
+
+from __future__ import annotations
+
+import datetime
+import keyword
+import re
+import string
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from importlib_metadata import version
+
+from .errors import ConfigError
+from .registry import FIRST_PARTY, list_variants
+
+# Template: where it goes.
+FILES = {
+    "pyproject.toml.txt": "pyproject.toml",
+    "module.py.txt": "$module/__init__.py",
+    "test.py.txt": "tests/test_$variant.py",
+    "README.md.txt": "README.md",
+    "LICENSE.txt": "LICENSE",
+    "gitignore.txt": ".gitignore",
+    "ci.yml.txt": ".github/workflows/test.yml",
+}
+
+
+def new_package(name: str, parent: Path, author: str) -> Path:
+    """Write the package lora-lite-NAME into a new folder under `parent`, and return that folder.
+
+    name  of the variant, as in "my-variant"; it becomes variant my_variant, module lora_lite_my_variant, config
+          MyVariantConfig
+    author  for pyproject.toml, licence and citation
+
+    Either all files are written or none. Raises ConfigError for a name that cannot be used or is taken, FileExistsError
+    when the folder is there already.
+    """
+    variant = name.lower().replace("-", "_").removeprefix("lora_lite_")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", variant) or keyword.iskeyword(variant):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a variant; use letters, digits and single dashes: my-variant"
+        )
+    taken = {info.name: info.distribution for info in list_variants()} | FIRST_PARTY
+    if variant in taken:
+        raise ConfigError(f"a variant called '{variant}' exists already, in {taken[variant] or 'this process'}")
+    if not author.strip() or any(sign in author for sign in '"\\\n'):
+        raise ConfigError(f"author {author!r}: give a name without quotation marks, backslashes and line breaks")
+    folder = parent / f"lora-lite-{variant.replace('_', '-')}"
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; give another name or --folder")
+    major, minor = version("lora-lite-core").split(".")[:2]
+    words = {
+        "variant": variant,
+        "module": f"lora_lite_{variant}",
+        "distribution": folder.name,
+        "config": "".join(part.capitalize() for part in variant.split("_")) + "Config",
+        "title": variant.replace("_", " ").capitalize(),
+        "author": author,
+        "year": str(datetime.date.today().year),
+        "core": f"{major}.{minor}",
+        "next_core": f"{major}.{int(minor) + 1}",
+    }
+    templates = files("lora_lite_core") / "templates"
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".lora-lite-new-") as temporary:
+        made = Path(temporary) / folder.name
+        for template, place in FILES.items():
+            path = made / string.Template(place).substitute(words)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = (templates / template).read_text(encoding="utf-8")
+            path.write_text(string.Template(text).substitute(words), encoding="utf-8")
+        made.rename(folder)
+    return folder

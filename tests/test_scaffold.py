@@ -1,0 +1,89 @@
+"""`lora-lite new` writes a package that works as it is."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import lora_lite as ll
+from lora_lite_core.cli import main
+from lora_lite_core.scaffold import FILES, new_package
+from lora_lite_core.testing import run_checks
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    return new_package("my-gain", tmp_path, "Ada L.")
+
+
+def test_what_is_written(package: Path) -> None:
+    assert package.name == "lora-lite-my-gain"
+    assert len([path for path in package.rglob("*") if path.is_file()]) == len(FILES)
+    for path in package.rglob("*"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"\$[a-z]", text), path
+            if path.suffix == ".py":
+                compile(text, str(path), "exec")
+    assert "python-version: ${{ matrix.python }}" in (package / ".github/workflows/test.yml").read_text(
+        encoding="utf-8"
+    )
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    assert "ll.MyGainConfig(r=8)" in readme
+    assert "author = {Ada L.}" in readme
+
+
+def test_the_project_file(package: Path) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == "lora-lite-my-gain"
+    assert project["dependencies"] == ["lora-lite-core>=0.1,<0.2"]
+    assert project["entry-points"]["lora_lite.variants"] == {"my_gain": "lora_lite_my_gain"}
+    assert project["authors"] == [{"name": "Ada L."}]
+
+
+def test_the_variant_keeps_every_promise(package: Path, registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    module = importlib.import_module("lora_lite_my_gain")
+    try:
+        registered(module, name="my_gain")
+        assert [result.message for result in run_checks(module.MyGainConfig(r=4)) if not result.ok] == []
+    finally:
+        del sys.modules["lora_lite_my_gain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("2fast", "'2fast' cannot be the name of a variant; use letters, digits and single dashes: my-variant"),
+        ("my--gain", "cannot be the name of a variant"),
+        ("lambda", "cannot be the name of a variant"),
+        ("pissa", "a variant called 'pissa' exists already, in lora-lite-svd"),
+    ],
+)
+def test_names_that_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ll.ConfigError, match=message):
+        new_package(name, tmp_path, "Ada L.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_authors_that_would_break_the_project_file(tmp_path: Path) -> None:
+    with pytest.raises(ll.ConfigError, match="give a name without quotation marks"):
+        new_package("my-gain", tmp_path, 'Ada "L"')
+
+
+def test_the_command(tmp_path: Path) -> None:
+    arguments = ["new", "lora-lite-my-gain", "--folder", str(tmp_path)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert str(tmp_path / "lora-lite-my-gain/pyproject.toml") in done.output
+    assert "pip install -e '.[test]'; pytest" in done.output
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1
+    assert "exists already; give another name or --folder" in again.output
