@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UnsupportedLayer,
     )
     from .files import load, save
-    from .hookspecs import hookimpl
+    from .hookspecs import CONTRACT_VERSION, hookimpl
     from .install import Target
     from .layers import base_forward, dense_weight, layer_dtype, sketch
     from .lowrank import cayley_offset, lowrank_delta, skew, truncated_svd
@@ -58,7 +58,7 @@ _MODULES = {
         "UnsupportedLayer",
     ),
     "files": ("load", "save"),
-    "hookspecs": ("hookimpl",),
+    "hookspecs": ("CONTRACT_VERSION", "hookimpl"),
     "install": ("Target",),
     "layers": ("base_forward", "dense_weight", "layer_dtype", "sketch"),
     "lowrank": ("cayley_offset", "lowrank_delta", "skew", "truncated_svd"),

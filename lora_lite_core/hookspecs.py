@@ -1,6 +1,10 @@
 """The contract of a variant: six functions, each marked `@hookimpl`, each naming only the arguments it needs.
 
 Two are required: `param_specs`, and `forward` or `forward_input`. Shapes: x is (..., d_in), y is (..., d_out).
+
+CONTRACT_VERSION counts changes of hooks and arguments. A new argument breaks nobody, because a function names only what
+it needs. One that is to go is first marked with `warn_on_impl_args` for a release: whoever names it gets a warning at
+the line of their own function.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from .config import AdapterConfig
     from .install import Target
     from .spec import ParamSpec
+
+CONTRACT_VERSION = 1
 
 hookspec = pluggy.HookspecMarker("lora_lite")
 hookimpl = pluggy.HookimplMarker("lora_lite")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from importlib_metadata import EntryPoint, entry_points
+from importlib_metadata import version as core_version
 
 from .errors import AmbiguousVariant, BrokenPlugin, LoraLiteError, MissingPlugin, UnknownVariant, did_you_mean, listed
 from .listing import VariantInfo, VariantList, config_name, read_source, summary_of
@@ -77,6 +78,7 @@ def get_variant(name: str) -> Variant:
     from .contract import check_variant
 
     package, version = _dist(allowed[0])
+    _check_core_range(name, allowed[0])
     try:
         module = importlib.import_module(allowed[0].value)
     except Exception as error:
@@ -152,6 +154,20 @@ def _entry_points() -> list[EntryPoint]:
 
 def _dist(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
+
+
+def _check_core_range(name: str, entry: EntryPoint) -> None:
+    """BrokenPlugin when the plugin's package asks for another version of the core than the one that runs."""
+    from packaging.requirements import Requirement
+
+    here = core_version("lora-lite-core")
+    for requirement in map(Requirement, (entry.dist.requires if entry.dist else None) or ()):
+        if requirement.name == "lora-lite-core" and not requirement.specifier.contains(here, prereleases=True):
+            package, version = _dist(entry)
+            raise BrokenPlugin(
+                f"variant '{name}' of {package} {version} needs lora-lite-core{requirement.specifier}, and {here} is "
+                f"installed; type: pip install --upgrade lora-lite-core {package}"
+            )
 
 
 def _blocked(name: str, package: str) -> str:

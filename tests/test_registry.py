@@ -95,6 +95,21 @@ def test_pattern() -> None:
     assert repr(ll.list_variants("nothing*")).startswith("no variants match")
 
 
+def test_a_plugin_for_another_core_is_refused_before_it_is_imported(install: Install, tmp_path: Path) -> None:
+    install("lora-lite-later", "later", "raise SystemError('imported')")
+    metadata = tmp_path / "lora_lite_later-1.5.dist-info/METADATA"
+    text = metadata.read_text(encoding="utf-8")
+    metadata.write_text(text + "Requires-Dist: torch\nRequires-Dist: lora-lite-core (>=7.0,<7.1)\n", encoding="utf-8")
+    with pytest.raises(ll.BrokenPlugin) as caught:
+        ll.get_variant("later")
+    assert str(caught.value) == (
+        "variant 'later' of lora-lite-later 1.5 needs lora-lite-core<7.1,>=7.0, and 0.1.0 is installed; "
+        "type: pip install --upgrade lora-lite-core lora-lite-later"
+    )
+    (info,) = ll.list_variants("later", check=True)
+    assert info.state == "broken"
+
+
 def test_a_new_package_is_listed_and_works(install: Install) -> None:
     install("lora-lite-fresh", "fresh", GOOD.format(title="Fresh", name="fresh"))
     info = ll.list_variants("fresh")[0]
