@@ -144,6 +144,28 @@ def test_selection_by_excitation(select: str) -> None:
     torch.testing.assert_close(products, torch.ones(4), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("select", ["s", "rms", "mean_abs"])
+def test_save_and_load_on_the_same_and_on_a_fresh_base(select: str, tmp_path: Any) -> None:
+    """What was chosen by data is in the file: loading needs none, and refuses another base."""
+
+    def base(seed: int = 0) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(D_IN, D_OUT))
+
+    model, x = base(), torch.randn(3, D_IN)
+    data = None if select == "s" else calibration()
+    for parameter in ll.attach(model, ll.AntiPaSTOConfig(r=4, select=select), calibration_data=data).parameters():
+        nn.init.normal_(parameter, std=0.1)
+    adapted = model(x)
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.detach(model)
+    for target in (model, base()):
+        ll.load(target, tmp_path / "a.safetensors")
+        assert torch.equal(target(x), adapted)
+    with pytest.raises(ll.BaseMismatch):
+        ll.load(base(seed=1), tmp_path / "a.safetensors")
+
+
 def test_selection_and_data_must_fit() -> None:
     model = nn.Sequential(nn.Linear(D_IN, D_OUT))
     with pytest.raises(ll.CalibrationError, match="select='s' looks at the weight alone; leave calibration_data out"):
