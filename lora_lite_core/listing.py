@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any, overload
 
 from .errors import BrokenPlugin
 from .text import table
+
+HEADS = ("variant", "package", "state", "summary")
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,25 @@ class VariantList(Sequence[VariantInfo]):
     def __repr__(self) -> str:
         if not self._items:
             return "no variants match; `lora-lite variants` lists all, `pip install lora-lite` brings the built-in ones"
-        rows = [(i.name, f"{i.distribution} {i.version}".strip(), i.state, i.summary) for i in self._items]
-        details = [f"{i.name}: {i.detail}" for i in self._items if i.detail]
-        return "\n".join([table(("variant", "package", "state", "summary"), rows), *details])
+        return "\n".join([table(HEADS, self._rows()), *self._details()])
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        if not self._items:
+            return f"<p>{html.escape(repr(self))}</p>"
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in HEADS)
+        rows = (
+            "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) for row in self._rows()
+        )
+        body = "".join(f"<tr>{cells}</tr>" for cells in rows)
+        notes = "".join(f"<p>{html.escape(detail)}</p>" for detail in self._details())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [(i.name, f"{i.distribution} {i.version}".strip(), i.state, i.summary) for i in self._items]
+
+    def _details(self) -> list[str]:
+        return [f"{i.name}: {i.detail}" for i in self._items if i.detail]
 
     def to_dicts(self) -> list[dict[str, str]]:
         return [asdict(info) for info in self._items]

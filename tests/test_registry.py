@@ -95,6 +95,17 @@ def test_pattern() -> None:
     assert repr(ll.list_variants("nothing*")).startswith("no variants match")
 
 
+def test_the_listing_in_a_notebook() -> None:
+    from xml.etree import ElementTree
+
+    page = ElementTree.fromstring(f"<div>{ll.list_variants()._repr_html_()}</div>")
+    rows = [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
+    assert rows[0] == ["variant", "package", "state", "summary"]
+    assert [row[0] for row in rows[1:]] == FIRST_PARTY
+    assert all(row[2] == "ok" and row[3] for row in rows[1:])
+    assert ll.list_variants("nothing*")._repr_html_().startswith("<p>no variants match")
+
+
 def test_a_plugin_for_another_core_is_refused_before_it_is_imported(install: Install, tmp_path: Path) -> None:
     install("lora-lite-later", "later", "raise SystemError('imported')")
     metadata = tmp_path / "lora_lite_later-1.5.dist-info/METADATA"
