@@ -30,5 +30,9 @@ lock:
     python3 tools/reduce_lock.py < uv.lock > uv.lock.reduced
     mv uv.lock.reduced uv.lock
 
+# the pages of docs/ that are made from docstrings
+docs:
+    uv run python tools/make_docs.py
+
 wheels:
     uv build --all-packages --wheel --out-dir dist

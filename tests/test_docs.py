@@ -117,9 +117,9 @@ def test_commands_in_the_readme(command: str, in_a_folder: Path) -> None:
 
 
 def test_links_point_to_files() -> None:
-    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{target} in {page}"
 
 
 def test_the_example_readme_shows_its_row() -> None:
@@ -143,3 +143,41 @@ def test_the_performance_page_shows_the_table_that_the_command_prints() -> None:
     labels = [case.label for case in cases([info.name for info in ll.list_variants()], Settings())]
     assert [row[0] for row in first[2:]] == ["frozen", *labels]
     assert "    lora-lite speed\n" in page
+
+
+@pytest.mark.parametrize("page", ["methods.md", "hooks.md"])
+def test_pages_made_from_the_code_are_current(page: str) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools/make_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_docs)
+    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert written == make_docs.PAGES[page](), "type: uv run python tools/make_docs.py"
+
+
+def test_the_table_of_variants_has_all_and_counts_right() -> None:
+    page = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, flags=re.M))
+    assert sorted(rows) == [info.name for info in ll.list_variants()]
+    sizes = {"r": 8, "d_in": 64, "d_out": 96}
+    for name, formula in rows.items():
+        Config = ll.get_variant(name).Config
+        cfg = Config(**({"r": sizes["r"]} if issubclass(Config, ll.RankConfig) else {}))
+        model = torch.nn.Sequential(torch.nn.Linear(sizes["d_in"], sizes["d_out"]))
+        adapter = ll.attach(model, cfg, calibration_data=[torch.randn(80, 64)] if name == "eva" else None)
+        expected = eval(formula.replace("·", "*"), {**sizes, "b": getattr(cfg, "block_size", None)})
+        assert sum(p.numel() for p in adapter.parameters()) == expected, name
+
+
+def test_what_peft_users_are_told() -> None:
+    page = (ROOT / "docs/from-peft.md").read_text(encoding="utf-8")
+    exec(compile(re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)[0], "from-peft.md", "exec"), {})
+    for name in re.findall(r"`?ll\.(\w+)", page):
+        assert hasattr(ll, name), name
+    calls = re.findall(r"`(ll\.\w+Config\([^`]*\))`", page)
+    assert len(calls) >= 2
+    for call in calls:
+        eval(call, {"ll": ll})

@@ -3,8 +3,8 @@
     y = W (R x) + b,   R = blockdiag(R₁ … R_n),   Rᵢ = (I + Qᵢ)(I − Qᵢ)⁻¹,   Qᵢ skew-symmetric, b × b
 
 q (n, b(b−1)/2), the strict upper triangles of Q, starts as zeros, which makes every Rᵢ the identity. The Cayley
-transform is exact, with closed forms for blocks of 2 and 4. The convention is the paper's, for column vectors; the peft
-package computes the inverse rotation in its exact mode. Needs nothing of the base. d_in (b − 1) / 2 parameters,
+transform is exact, with closed forms for blocks of 2 and 4. The convention is the paper's, for column vectors: the peft
+package's exact mode turns the same way, its default, a truncated series, the other way. Needs nothing of the base. d_in (b − 1) / 2 parameters,
 d_in · b multiply-accumulates per token, and n inverses of b × b per call.
 
 Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schölkopf: Controlling Text-to-Image Diffusion by Orthogonal Finetuning,
