@@ -4,8 +4,8 @@
 
 q (n, b(b−1)/2), the strict upper triangles of Q, starts as zeros, which makes every Rᵢ the identity. The Cayley
 transform is exact, with closed forms for blocks of 2 and 4. The convention is the paper's, for column vectors: the peft
-package's exact mode turns the same way, its default, a truncated series, the other way. Needs nothing of the base. d_in (b − 1) / 2 parameters,
-d_in · b multiply-accumulates per token, and n inverses of b × b per call.
+package's exact mode turns the same way, its default, a truncated series, the other way. Needs nothing of the base.
+d_in (b − 1) / 2 parameters, d_in · b multiply-accumulates per token, and n inverses of b × b per call.
 
 Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schölkopf: Controlling Text-to-Image Diffusion by Orthogonal Finetuning,
 2023, arXiv:2306.07280. Input-sided as in Qiu et al.: Orthogonal Finetuning Made Scalable, 2025, arXiv:2506.19847.
