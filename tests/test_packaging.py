@@ -82,9 +82,14 @@ def test_a_scaffolded_package_builds_installs_and_passes_its_tests(
     run(python, "-m", "lora_lite_core", "new", "my-gain", "--author", "Ada L.", cwd=folder)
     package = folder / "lora-lite-my-gain"
     run("uv", "build", "--wheel", "--out-dir", folder / "dist", package, cwd=folder)
-    run("uv", "pip", "install", "--python", python, next((folder / "dist").glob("*.whl")), "pytest", cwd=folder)
+    scale = next(wheels.glob("lora_lite_scale-*.whl"))
+    own = next((folder / "dist").glob("*.whl"))
+    run("uv", "pip", "install", "--python", python, own, scale, "pytest", cwd=folder)
     shutil.rmtree(package / "lora_lite_my_gain")  # the tests are to see what is installed
     done = run(python, "-m", "pytest", "-q", cwd=package)
+    assert re.search(r"\b2\d passed", done.stdout), done.stdout
+    shutil.copytree(EXAMPLE / "tests", folder / "example")
+    done = run(python, "-m", "pytest", "-q", cwd=folder / "example")
     assert re.search(r"\b2\d passed", done.stdout), done.stdout
     listed = run(python, "-m", "lora_lite_core", "variants", cwd=folder).stdout
     assert re.search(r"^my_gain +lora-lite-my-gain 0\.1\.0 +ok +My gain: ", listed, flags=re.M)
