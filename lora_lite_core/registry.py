@@ -6,6 +6,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ FIRST_PARTY = {
     "oft": "lora-lite-ortho",
     "road": "lora-lite-ortho",
 }
+
+_ON_THE_CORE = re.compile(r"lora[-_.]+lite[-_.]+core(?![\w.-])", re.IGNORECASE)  # a requirement of the core
 
 _registered: dict[str, Variant] = {}
 _loaded: dict[str, Variant] = {}  # looked up once in a process, as Python does with modules
@@ -161,8 +164,12 @@ def _check_core_range(name: str, entry: EntryPoint) -> None:
     from packaging.requirements import Requirement
 
     here = core_version("lora-lite-core")
-    for requirement in map(Requirement, (entry.dist.requires if entry.dist else None) or ()):
-        if requirement.name == "lora-lite-core" and not requirement.specifier.contains(here, prereleases=True):
+    for text in (entry.dist.requires if entry.dist else None) or ():
+        if not _ON_THE_CORE.match(text):
+            continue
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate()
+        if applies and not requirement.specifier.contains(here, prereleases=True):
             package, version = _dist(entry)
             raise BrokenPlugin(
                 f"variant '{name}' of {package} {version} needs lora-lite-core{requirement.specifier}, and {here} is "

@@ -110,7 +110,7 @@ def test_a_plugin_for_another_core_is_refused_before_it_is_imported(install: Ins
     install("lora-lite-later", "later", "raise SystemError('imported')")
     metadata = tmp_path / "lora_lite_later-1.5.dist-info/METADATA"
     text = metadata.read_text(encoding="utf-8")
-    metadata.write_text(text + "Requires-Dist: torch\nRequires-Dist: lora-lite-core (>=7.0,<7.1)\n", encoding="utf-8")
+    metadata.write_text(text + "Requires-Dist: torch\nRequires-Dist: lora_lite_core (>=7.0,<7.1)\n", encoding="utf-8")
     with pytest.raises(ll.BrokenPlugin) as caught:
         ll.get_variant("later")
     assert str(caught.value) == (
@@ -119,6 +119,20 @@ def test_a_plugin_for_another_core_is_refused_before_it_is_imported(install: Ins
     )
     (info,) = ll.list_variants("later", check=True)
     assert info.state == "broken"
+
+
+def test_requirements_that_are_none_of_the_cores_business(install: Install, tmp_path: Path) -> None:
+    install("lora-lite-fits", "fits", GOOD.format(title="Fits", name="fits"))
+    metadata = tmp_path / "lora_lite_fits-1.5.dist-info/METADATA"
+    lines = [
+        "lora-lite-core>=0.1,<0.2",
+        "lora-lite-core-tools>=9",
+        "lora-lite-core>=9; extra == 'later'",
+        "not a ~~ one",
+    ]
+    text = metadata.read_text(encoding="utf-8") + "".join(f"Requires-Dist: {line}\n" for line in lines)
+    metadata.write_text(text, encoding="utf-8")
+    assert ll.get_variant("fits").version == "1.5"
 
 
 def test_a_new_package_is_listed_and_works(install: Install) -> None:
