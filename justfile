@@ -15,6 +15,10 @@ test *arguments:
 packaging:
     uv run pytest -m packaging
 
+# trains every variant for a while: a minute
+slow:
+    uv run pytest -m slow
+
 lint:
     uv run ruff check .
     uv run ruff format --check .

@@ -18,6 +18,8 @@ from transformers import AutoModelForSequenceClassification
 import lora_lite as ll
 from tests.usual import USUAL_LR
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [info.name for info in ll.list_variants()]
 
 
