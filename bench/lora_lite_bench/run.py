@@ -106,7 +106,11 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     found = ll.get_variant(variant)
     lr = plan.lr or LEARNING_RATES.get(variant, DEFAULT_LR)
     result = Result(
-        variant, cfg.to_dict(), seed, {**asdict(plan), "base": str(plan.base)}, _versions(found.distribution)
+        variant,
+        cfg.to_dict(),
+        seed,
+        {**asdict(plan), "base": str(plan.base)},
+        versions("lora-lite-core", "lora-lite-bench", "torch", "transformers", found.distribution),
     )
     result.lr, result.rank = lr, getattr(cfg, "r", None)
     rng = random.Random(f"train {seed}")
@@ -191,6 +195,6 @@ def weights_hash(model: nn.Module, names: set[str]) -> str:
     return digest.hexdigest()
 
 
-def _versions(distribution: str) -> dict[str, str]:
-    names = ["lora-lite-core", "lora-lite-bench", "torch", "transformers", *([distribution] if distribution else [])]
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def versions(*names: str) -> dict[str, str]:
+    """Of Python and of these distributions; an empty name, of a variant that was registered by hand, is left out."""
+    return {"python": platform.python_version(), **{name: version(name) for name in names if name}}

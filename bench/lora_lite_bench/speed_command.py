@@ -55,6 +55,7 @@ def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, o
     from rich.console import Console
 
     from .command import variant_names
+    from .run import versions
     from .speed import Settings, cases
 
     if not out.parent.is_dir():
@@ -69,7 +70,7 @@ def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, o
     measured, starts = _measure(rows, settings, no_init, quick)
     report = {
         "machine": machine(settings.device),
-        "versions": versions(),
+        "versions": versions("lora-lite-core", "torch", "transformers", "peft"),
         "threads": threads,
         "settings": asdict(settings),
         "rows": _rows_as_json(measured, settings),
@@ -119,15 +120,6 @@ def machine(device: str) -> str:
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = named[0] if named else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def versions() -> dict[str, str]:
-    from importlib_metadata import version
-
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("lora-lite-core", "torch", "transformers", "peft")},
-    }
 
 
 def _rows_as_json(measured: Measured, settings: Settings) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from lora_lite_bench.base import PACKAGED, encode, load_base, loss_of
 from lora_lite_bench.run import config_for
+from lora_lite_bench.speed import attach_ours
 from lora_lite_bench.tasks import Split, problem
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import lora_lite as ll
@@ -21,13 +22,6 @@ from tests.usual import USUAL_LR
 pytestmark = pytest.mark.slow
 
 VARIANTS = [info.name for info in ll.list_variants()]
-
-
-def attach(model: nn.Module, cfg: ll.AdapterConfig, batches: list[dict[str, Tensor]]) -> ll.Adapter:
-    try:
-        return ll.attach(model, cfg)
-    except ll.CalibrationError:
-        return ll.attach(model, cfg, calibration_data=batches)
 
 
 def assert_trains(
@@ -65,9 +59,9 @@ def test_on_the_shifted_task(name: str) -> None:
         return encode(tokenizer, [problem("shifted", split, rng) for _ in range(24)])
 
     calibration = [{key: value for key, value in batch("train").items() if key != "weights"} for _ in range(4)]
-    adapter = attach(model, config_for(name, {}), calibration)
+    attach_ours(model, config_for(name, {}), calibration)
     groups = ll.param_groups(model, lr=USUAL_LR[name])
-    assert len(list(adapter.parameters())) == sum(len(group["params"]) for group in groups)
+    assert len(list(ll.adapters(model)["default"].parameters())) == sum(len(group["params"]) for group in groups)
     assert_trains(lambda data: loss_of(model, data), batch, groups, 30)
 
 
@@ -94,7 +88,7 @@ def test_on_a_classification_task(name: str) -> None:
         for _ in range(4)
     ]
     cfg = config_for(name, {"exclude_names": ("score",)})
-    attach(model, cfg, calibration)
+    attach_ours(model, cfg, calibration)
     model.score.requires_grad_(True)
     groups = [*ll.param_groups(model, lr=USUAL_LR[name]), {"params": [model.score.weight], "lr": 1e-2}]
     assert_trains(lambda data: model(**data).loss, lambda split: over_hundred(split, 24, rng, tokenizer), groups, 40)
