@@ -3,6 +3,7 @@
 Names are resolved on first use, so that importing this package imports neither torch nor any plugin.
 """
 
+# pyright: reportUnusedImport=false
 from __future__ import annotations
 
 import importlib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 @contextmanager
-def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
     """Inside, the model computes without one adapter, or without all of them (None).
 
     Raises AdapterNameError when there is none.

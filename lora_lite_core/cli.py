@@ -123,7 +123,7 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
     from .testing import run_checks
 
     Config = get_variant(name).Config
-    rank = {"r": 4} if issubclass(Config, RankConfig) else {}
+    rank: dict[str, Any] = {"r": 4} if issubclass(Config, RankConfig) else {}
     cfg = Config(**{**rank, **config_fields(pairs)})
     results = run_checks(cfg, only=only, expected_failures=dict.fromkeys(expect, "--expect"))
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -161,7 +161,7 @@ class Installation:
 
 
 @contextmanager
-def making_room(model: nn.Module, name: str, variant: Variant) -> Iterator[None]:
+def making_room(model: nn.Module, name: str, variant: Variant) -> Generator[None]:
     """Inside, an adapter of that name that has no values yet (attached on meta) is off, so that another can take its
     place; it is put back if the block fails."""
     record = records_of(model).adapters.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -139,7 +139,7 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _probing(layer: nn.Module) -> Iterator[None]:
+def _probing(layer: nn.Module) -> Generator[None]:
     """No gradients, no autocast, zeros in the bias' place (Conv1D needs one) so that weight plus bias is not rounded.
 
     What bitsandbytes notes down at a first forward is put back as it was.

@@ -52,7 +52,7 @@ class Case:
 
     def config(self, settings: Settings) -> ll.AdapterConfig:
         Config = ll.get_variant(self.variant).Config
-        rank = {"r": settings.rank} if issubclass(Config, ll.RankConfig) else {}
+        rank: dict[str, Any] = {"r": settings.rank} if issubclass(Config, ll.RankConfig) else {}
         return Config(**{**rank, **self.fields})
 
 
@@ -127,7 +127,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
         make = torch.Generator().manual_seed(2)
         shape = (settings.batch, settings.length, settings.hidden)
-        place = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
+        place: dict[str, Any] = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
         # The gradient goes through the whole stack for all contestants, the frozen model too.
         self.x = torch.randn(shape, generator=make).to(**place).requires_grad_()
         self.token = torch.randn(1, 1, settings.hidden, generator=make).to(**place)

@@ -46,7 +46,7 @@ def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, o
     medians of ratios within rounds. Prints a table in Markdown and writes all numbers to speed.json.
     """
     try:
-        import peft  # noqa: F401
+        import peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise click.ClickException(
             "lora-lite speed compares with PEFT, which is not installed; type: pip install peft"
@@ -68,7 +68,7 @@ def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, o
     torch.set_float32_matmul_precision("highest")
     rows = cases(variant_names(variants), settings)
     measured, starts = _measure(rows, settings, no_init, quick)
-    report = {
+    report: dict[str, Any] = {
         "machine": machine(settings.device),
         "versions": versions("lora-lite-core", "torch", "transformers", "peft"),
         "threads": threads,

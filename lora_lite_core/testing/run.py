@@ -10,7 +10,8 @@ from typing import Any
 from ..config import AdapterConfig
 from ..errors import ConfigError, did_you_mean
 
-from . import start, running, training, keeping  # noqa: F401  # isort: skip  (each lists its checks, in this order)
+# Each module lists its checks, in this order.
+from . import start, running, training, keeping  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
 from .promise import CHECKS, Check
 from .subject import CheckFailed, Subject
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class Packed(nn.Module):
         self.weight = nn.Parameter(codes.reshape(-1, 1), requires_grad=False)  # packed: its shape says nothing
         self.scale: Tensor
         self.register_buffer("scale", scale)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        bias = cast("Tensor | None", layer.bias)  # torch types it as always there
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def dense(self) -> Tensor:
         return self.weight.reshape(self.out_features, self.in_features) * self.scale
