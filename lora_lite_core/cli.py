@@ -146,12 +146,13 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
     "--folder", default=".", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Parent folder."
 )
 @click.option("--author", default="Your Name", show_default=True, help="For the licence, the citation and pip.")
-def new(name: str, folder: Path, author: str) -> None:
+@click.option("--from", "like", metavar="VARIANT", help="Start from a copy of this variant instead of a gained LoRA.")
+def new(name: str, folder: Path, author: str, like: str | None) -> None:
     """Write a complete package lora-lite-NAME with a working variant, its tests and README, to start from."""
     from .scaffold import new_package
 
     try:
-        made = new_package(name, folder, author)
+        made = new_package(name, folder, author, like)
     except FileExistsError as error:
         raise click.ClickException(str(error)) from error
     for path in sorted(path for path in made.rglob("*") if path.is_file()):

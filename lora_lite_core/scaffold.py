@@ -12,8 +12,9 @@ from pathlib import Path
 
 from importlib_metadata import version
 
+from .config import RankConfig
 from .errors import ConfigError
-from .registry import FIRST_PARTY, list_variants
+from .registry import FIRST_PARTY, get_variant, list_variants
 
 # Template: where it goes.
 FILES = {
@@ -27,15 +28,17 @@ FILES = {
 }
 
 
-def new_package(name: str, parent: Path, author: str) -> Path:
+def new_package(name: str, parent: Path, author: str, like: str | None = None) -> Path:
     """Write the package lora-lite-NAME into a new folder under `parent`, and return that folder.
 
     name  of the variant, as in "my-variant"; it becomes variant my_variant, module lora_lite_my_variant, config
           MyVariantConfig
     author  for pyproject.toml, licence and citation
+    like    a variant of this project whose module is copied, with the helpers beside it, instead of the template
 
-    Either all files are written or none. Raises ConfigError for a name that cannot be used or is taken, FileExistsError
-    when the folder is there already.
+    Either all files are written or none. Raises ConfigError for a name that cannot be used or is taken and for a `like`
+    that is not one of this project's, MissingPlugin when that one is not installed, FileExistsError when the folder is
+    there already.
     """
     variant = name.lower().replace("-", "_").removeprefix("lora_lite_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", variant) or keyword.iskeyword(variant):
@@ -58,11 +61,14 @@ def new_package(name: str, parent: Path, author: str) -> Path:
         "config": "".join(part.capitalize() for part in variant.split("_")) + "Config",
         "title": variant.replace("_", " ").capitalize(),
         "author": author,
-        "year": str(datetime.date.today().year),
+        "year": (year := str(datetime.date.today().year)),
+        "copyright": f"Copyright (c) {year} {author}",
+        "fields": "r=4",
         "core": f"{major}.{minor}",
         "next_core": f"{major}.{int(minor) + 1}",
     }
     templates = files("lora_lite_core") / "templates"
+    modules = _copied(like, words) if like else {}
     with tempfile.TemporaryDirectory(dir=parent, prefix=".lora-lite-new-") as temporary:
         made = Path(temporary) / folder.name
         for template, place in FILES.items():
@@ -70,5 +76,26 @@ def new_package(name: str, parent: Path, author: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = (templates / template).read_text(encoding="utf-8")
             path.write_text(string.Template(text).substitute(words), encoding="utf-8")
+        for module, text in modules.items():
+            (made / words["module"] / module).write_text(text, encoding="utf-8")
         made.rename(folder)
     return folder
+
+
+def _copied(like: str, words: dict[str, str]) -> dict[str, str]:
+    """The module of the variant `like` under its new names, and the helpers that it imports: file name → text."""
+    if like not in FIRST_PARTY:
+        raise ConfigError(f"--from {like}: not a variant of this project; choose from {', '.join(FIRST_PARTY)}")
+    variant = get_variant(like)
+    source = Path(variant.namespace.__file__)
+    text = source.read_text(encoding="utf-8")
+    helpers = re.findall(r"^from \.(\w+) import", text, flags=re.M)
+    text = text.replace(variant.Config.__name__, words["config"])
+    text = text.replace(f'variant = "{like}"', f'variant = "{words["variant"]}"')
+    text = text.replace(
+        '"""', f'"""{words["title"]}: what it does; begun as a copy of {like}, whose text follows.\n\n', 1
+    )
+    words["copyright"] += "\nCopyright (c) 2026 The lora-lite developers"
+    words["fields"] = "r=4" if issubclass(variant.Config, RankConfig) else ""
+    beside = {f"{helper}.py": source.with_name(f"{helper}.py").read_text(encoding="utf-8") for helper in helpers}
+    return {"__init__.py": text, **beside}

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite_core.cli import main
+from lora_lite_core.registry import FIRST_PARTY
 from lora_lite_core.scaffold import FILES, new_package
 from lora_lite_core.testing import run_checks
 
@@ -35,7 +36,7 @@ def test_what_is_written(package: Path) -> None:
         encoding="utf-8"
     )
     readme = (package / "README.md").read_text(encoding="utf-8")
-    assert "ll.MyGainConfig(r=8)" in readme
+    assert "ll.MyGainConfig(r=4)" in readme
     assert "author = {Ada L.}" in readme
 
 
@@ -56,6 +57,31 @@ def test_the_variant_keeps_every_promise(package: Path, registered: Any, monkeyp
         assert [result.message for result in run_checks(module.MyGainConfig(r=4)) if not result.ok] == []
     finally:
         del sys.modules["lora_lite_my_gain"]
+
+
+@pytest.mark.parametrize("like", FIRST_PARTY)
+def test_a_copy_of_a_variant_works(like: str, tmp_path: Path, registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = new_package("my-copy", tmp_path, "Ada L.", like)
+    monkeypatch.syspath_prepend(str(package))
+    module = importlib.import_module("lora_lite_my_copy")
+    try:
+        registered(module, name="my_copy")
+        fields = re.search(r"MyCopyConfig\((.*)\)\)", (package / "tests/test_my_copy.py").read_text(encoding="utf-8"))
+        assert fields
+        cfg = eval(f"module.MyCopyConfig({fields[1]})")
+        only = ["config_survives_json", "identity_at_start", "loss_falls", "reload_on_a_fresh_model"]
+        assert [result.message for result in run_checks(cfg, only=only) if not result.ok] == []
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lora_lite_my_copy"]:
+            del sys.modules[name]
+    assert f"begun as a copy of {like}" in str(module.__doc__).partition("\n")[0]
+    assert "Ada L.\nCopyright (c) 2026 The lora-lite developers" in (package / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_copies_of_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ll.ConfigError, match="--from hrra: not a variant of this project; choose from lora, antipasto"):
+        new_package("my-copy", tmp_path, "Ada L.", "hrra")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +105,7 @@ def test_authors_that_would_break_the_project_file(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    arguments = ["new", "lora-lite-my-gain", "--folder", str(tmp_path)]
+    arguments = ["new", "lora-lite-my-gain", "--folder", str(tmp_path), "--from", "hra"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert str(tmp_path / "lora-lite-my-gain/pyproject.toml") in done.output
