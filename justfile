@@ -34,9 +34,10 @@ lock:
     python3 tools/reduce_lock.py < uv.lock > uv.lock.reduced
     mv uv.lock.reduced uv.lock
 
-# the pages of docs/ that are made from docstrings
+# the pages of docs/ that are made from the code, then the site in docs/_build; needs no network
 docs:
     uv run python tools/make_docs.py
+    uv run sphinx-build -W -n -q -b html docs docs/_build
 
 wheels:
     uv build --all-packages --wheel --out-dir dist

@@ -39,10 +39,12 @@ class Adapter:
 
     @property
     def record(self) -> Record:
+        """What the core remembers about it, on the model itself; read-only."""
         return record_of(self.model, self.name)
 
     @property
     def cfg(self) -> AdapterConfig:
+        """The config it was attached with; a target's own may differ by its patterns."""
         return self.record.cfg
 
     @property

@@ -5,6 +5,27 @@ Two are required: `param_specs`, and `forward` or `forward_input`. Shapes: x is 
 CONTRACT_VERSION counts changes of hooks and arguments. A new argument breaks nobody, because a function names only what
 it needs. One that is to go is first marked with `warn_on_impl_args` for a release: whoever names it gets a warning at
 the line of their own function.
+
+Arguments, the same in every hook that has them:
+
+d_in, d_out       widths of the layer, whatever way its weight is stored
+cfg               this layer's config: the variant's own class, with `rank_pattern` and the like already applied
+layer             the frozen layer; read it through `dense_weight(layer)` and `base_forward(layer, x)` only
+params            {name: tensor} of this layer and adapter, named as in `param_specs`; uncast, read anew at every call
+name              the layer's dotted name, as in "model.layers.0.self_attn.q_proj"
+generator         a CPU torch.Generator, seeded from the seed of `attach`, the layer's name and "init"
+model             the whole model, the adapter's tensors on it but not yet running
+targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, reconfigure(r=…), drop()
+calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
+x                 (..., d_in), what the frozen layer receives; any leading shape, also empty; any floating dtype
+y                 (..., d_out), the output so far: of the frozen layer and of adapters attached before
+
+Constants that a module may hold:
+
+Config            required: the config class, as in `Config = MyConfig`
+AFFINE            False when the adapted layer is not affine in x, so that it cannot be merged or exported; default True
+IDENTITY_ATOL     largest deviation of a fresh adapter from the identity in float32; default 0.0, bit for bit
+IDENTITY_REASON   one sentence that says why it is not 0; required beside IDENTITY_ATOL
 """
 
 from __future__ import annotations

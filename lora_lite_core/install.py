@@ -49,6 +49,7 @@ class Target:
         self._owner = None
 
     def close(self) -> None:
+        """Called by the core when `group_init` has returned; nothing can be changed from then on."""
         self._owner = None
 
     def _open(self) -> Installation:
@@ -127,7 +128,7 @@ class Installation:
         if self.variant.group_init is None:
             return
         available = {"model": self.model, "targets": tuple(self.targets), "cfg": self.cfg}
-        with torch.no_grad():
+        with torch.no_grad(), leaving_no_hook(self.model, f"group_init of variant '{self.variant.name}'"):
             self.variant.group_init({**available, "calibration_data": calibration_data})
         if not self.targets:
             raise TargetError(
@@ -158,6 +159,23 @@ class Installation:
         for target in self.targets:
             self.remove(target)
             target.close()
+
+
+@contextmanager
+def leaving_no_hook(model: nn.Module, who: str) -> Generator[None]:
+    """Forward hooks that the block adds and leaves are removed, and raise BrokenPlugin unless it fails itself."""
+    hooks = {m: (set(m._forward_pre_hooks), set(m._forward_hooks)) for m in model.modules()}
+    left: list[str] = []
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            for held, before in zip((module._forward_pre_hooks, module._forward_hooks), hooks[module], strict=True):
+                for key in set(held) - before:
+                    del held[key]
+                    left.append(name)
+    if left:
+        raise BrokenPlugin(f"{who} left a forward hook on {left[0]}; remove what it registers, as with an ExitStack")
 
 
 @contextmanager

@@ -293,6 +293,24 @@ def test_dropping_everything_is_an_error(registered: Any, toy: SimpleNamespace) 
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_that_group_init_leaves_are_removed(registered: Any, toy: SimpleNamespace, fails: bool) -> None:
+    def group_init(targets: Any, calibration_data: Any) -> None:
+        targets[0].layer.register_forward_hook(lambda layer, args, output: output + 1)
+        targets[1].layer.register_forward_pre_hook(lambda layer, args: None, with_kwargs=False)
+        if fails:
+            ll.calibration_batches(calibration_data, "toy")
+
+    registered(grouped(toy, group_init), name="toy")
+    model = net()
+    before = snapshot(model)
+    message = "'toy' needs calibration data" if fails else "group_init of variant 'toy' left a forward hook on layers.0"
+    with pytest.raises(ll.CalibrationError if fails else ll.BrokenPlugin, match=message):
+        ll.attach(model, toy.Config())
+    assert snapshot(model) == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_calibration_data(registered: Any, toy: SimpleNamespace) -> None:
     batches: list[Any] = []
 

@@ -51,9 +51,10 @@ def check_forward_is_repeatable(s: Subject) -> None:
 @promise("do not write into x or y (no x += …, no y.mul_()): return a new tensor")
 def check_inputs_are_not_written(s: Subject) -> None:
     """forward and forward_input leave the tensors they are given as they were."""
-    model, _ = s.trained()
+    model, adapter = s.trained()
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, layer in model.named_children():
+    for name in adapter.targets:
+        layer = model.get_submodule(name)
         state = state_of(layer)
         assert state is not None, f"{name} carries no adapter"
         entry = state.entries[0]
