@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--lr", type=float, help="Learning rate for all.  [default: per variant]")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="The table as an SVG file, too.")
 @click.option("--base", type=click.Path(path_type=Path, file_okay=False), help="Folder of another base model.")
 @click.option("--make-base", is_flag=True, help="Train the base model anew, into --base (default lora-lite-base).")
 def bench(
@@ -40,6 +43,7 @@ def bench(
     lr: float | None,
     fields: tuple[str, ...],
     out: Path,
+    picture: Path | None,
     base: Path | None,
     make_base: bool,
 ) -> None:
@@ -66,8 +70,9 @@ def bench(
             return
         if base is not None and not (base / "config.json").is_file():
             raise click.BadParameter(f"--base {base} holds no model (no config.json)")
-        if not out.parent.is_dir():
-            raise click.BadParameter(f"--out {out}: folder {out.parent} does not exist")
+        for path in filter(None, (out, picture)):
+            if not path.parent.is_dir():
+                raise click.BadParameter(f"folder {path.parent} of {path} does not exist")
         plan = QUICK if quick else Plan()
         plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
         results, failures = _run_all(
@@ -76,9 +81,21 @@ def bench(
     scores = _base_scores(plan)
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
     wide.print(_table(results, scores, plan))
+    if picture is not None:
+        _draw(_table(results, scores, plan), picture)
     console.print(f"{len(results)} runs appended to {out}", highlight=False)
     if failures:
         raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
+
+
+def _draw(table: Table, path: Path) -> None:
+    """The table as a picture of a terminal, in the reader's own monospace font: rich would fetch one."""
+    from rich.console import Console
+
+    canvas = Console(record=True, width=150, file=io.StringIO(), color_system="truecolor")
+    canvas.print(table)
+    drawn = re.sub(r"@font-face \{.*?\}", "", canvas.export_svg(title="lora-lite bench"), flags=re.S)
+    path.write_text(drawn.replace("Fira Code, ", ""), encoding="utf-8")
 
 
 def variant_names(asked: tuple[str, ...]) -> list[str]:

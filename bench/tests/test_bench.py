@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,11 +156,16 @@ def test_a_variant_that_forgets_a_tensor_is_caught(registered: Any, toy: SimpleN
 
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
+    picture = tmp_path / "bench.svg"
     arguments = ["ia3", "--steps", "10", "--seeds", "2", "--quick", "--out", str(out), "--set", "layers=[0, 1]"]
+    arguments += ["--picture", str(picture)]
     done = CliRunner().invoke(bench, arguments)
     assert done.exit_code == 0, done.output
     assert "MACs/token" in done.output
     assert "2 runs appended to" in done.output
+    drawn = ElementTree.parse(picture).getroot()
+    assert "ia3" in "".join(drawn.itertext())
+    assert "url(http" not in picture.read_text(encoding="utf-8").replace('"', "")
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["seed"] for line in lines] == [0, 1]
     assert lines[0]["config"]["layers"] == [0, 1]
