@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CalibrationError,
         ConfigError,
         LoraLiteError,
+        MergeError,
         MissingPlugin,
         ModelStateError,
         TargetError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .install import Target
     from .layers import base_forward, dense_weight, layer_dtype, sketch
     from .lowrank import cayley_offset, lowrank_delta, skew, truncated_svd
+    from .merging import merge, merged
     from .optim import param_groups
     from .registry import LoraLiteConfig, get_variant, list_variants, register, unregister
     from .spec import ParamSpec
@@ -52,6 +54,7 @@ _MODULES = {
         "CalibrationError",
         "ConfigError",
         "LoraLiteError",
+        "MergeError",
         "MissingPlugin",
         "ModelStateError",
         "TargetError",
@@ -63,6 +66,7 @@ _MODULES = {
     "install": ("Target",),
     "layers": ("base_forward", "dense_weight", "layer_dtype", "sketch"),
     "lowrank": ("cayley_offset", "lowrank_delta", "skew", "truncated_svd"),
+    "merging": ("merge", "merged"),
     "optim": ("param_groups",),
     "registry": ("LoraLiteConfig", "get_variant", "list_variants", "register", "unregister"),
     "spec": ("ParamSpec",),

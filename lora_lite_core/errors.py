@@ -54,6 +54,10 @@ class CalibrationError(LoraLiteError, ValueError):
     """Calibration data is missing, not wanted, or cannot be read as often as needed."""
 
 
+class MergeError(LoraLiteError, ValueError):
+    """An adapter cannot be folded into the weights, or not be written in the format that is asked for."""
+
+
 class BaseMismatch(LoraLiteError, ValueError):
     """The adapter file was made on another base model."""
 
