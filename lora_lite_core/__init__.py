@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnknownVariant,
         UnsupportedLayer,
     )
+    from .export import export_lora
     from .files import load, save
     from .hookspecs import CONTRACT_VERSION, hookimpl
     from .install import Target
@@ -61,6 +62,7 @@ _MODULES = {
         "UnknownVariant",
         "UnsupportedLayer",
     ),
+    "export": ("export_lora",),
     "files": ("load", "save"),
     "hookspecs": ("CONTRACT_VERSION", "hookimpl"),
     "install": ("Target",),
