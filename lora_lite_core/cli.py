@@ -121,10 +121,16 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
     from .config import RankConfig
     from .registry import get_variant
     from .testing import run_checks
+    from .testing.run import CHECKS, tensors_of
 
     Config = get_variant(name).Config
     rank: dict[str, Any] = {"r": 4} if issubclass(Config, RankConfig) else {}
-    cfg = Config(**{**rank, **config_fields(pairs)})
+    given = {**rank, **config_fields(pairs)}
+    try:
+        cfg = Config(**given)
+    except (TypeError, ValueError) as error:  # ConfigError is both
+        spelled = ", ".join(f"{field}={value!r}" for field, value in given.items())
+        raise click.ClickException(f"{Config.__name__}({spelled}): {error}") from error
     results = run_checks(cfg, only=only, expected_failures=dict.fromkeys(expect, "--expect"))
     if as_json:
         click.echo(json.dumps([result.to_dict() for result in results], indent=2))
@@ -135,7 +141,10 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
         failed = [result for result in results if not result.ok]
         for result in failed:
             click.echo(f"\n{result.name}: {result.message or 'passes, although it is expected to fail'}")
-        click.echo(f"\n{name}: {len(results) - len(failed)} of {len(results)} promises kept")
+        if results[0].ok:
+            click.echo("\n" + "\n".join(tensors_of(cfg)))
+        waiting = f", {len(CHECKS) - len(results)} not tried" if len(results) < len(CHECKS) and not only else ""
+        click.echo(f"\n{name}: {len(results) - len(failed)} of {len(results)} promises kept{waiting}")
     if not all(result.ok for result in results):
         raise click.exceptions.Exit(1)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from importlib_metadata import EntryPoint, entry_points
 from importlib_metadata import version as core_version
 
-from .errors import AmbiguousVariant, BrokenPlugin, LoraLiteError, MissingPlugin, UnknownVariant, did_you_mean, listed
+from .errors import AmbiguousVariant, BrokenPlugin, LoraLiteError, MissingPlugin, UnknownVariant, closest, listed
 from .listing import VariantInfo, VariantList, config_name, read_source, summary_of
 
 if TYPE_CHECKING:
@@ -147,8 +147,13 @@ def _unknown(name: str) -> UnknownVariant:
             f"variant '{name}' is in a package that is not installed; type: pip install {FIRST_PARTY[name]}"
         )
     names = sorted({entry.name for entry in _entry_points()} | set(_registered))
-    known = [*names, *FIRST_PARTY]
-    return UnknownVariant(f"no variant is called '{name}'{did_you_mean(name, known)}\n  installed: {listed(names, 40)}")
+    near = closest(name, [*names, *FIRST_PARTY])
+    hint = f"; did you mean '{near[0]}'" if near else ""
+    hint += "" if not near else "?" if near[0] in names else f", of {FIRST_PARTY[near[0]]}, which is not installed?"
+    return UnknownVariant(
+        f"no variant is called '{name}'{hint}\n  installed: {listed(names, 40)}\n"
+        "  one of your own: pip install its package (pip install -e FOLDER), or ll.register(module, name=…)"
+    )
 
 
 def _entry_points() -> list[EntryPoint]:

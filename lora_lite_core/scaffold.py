@@ -31,8 +31,8 @@ FILES = {
 def new_package(name: str, parent: Path, author: str, like: str | None = None) -> Path:
     """Write the package lora-lite-NAME into a new folder under `parent`, and return that folder.
 
-    name  of the variant, as in "my-variant"; it becomes variant my_variant, module lora_lite_my_variant, config
-          MyVariantConfig
+    name    of the variant: "my-variant" becomes variant my_variant, module lora_lite_my_variant and MyVariantConfig;
+            capitals are kept where they belong: "SHiRA" is variant shira and SHiRAConfig
     author  for pyproject.toml, licence and citation
     like    a variant of this project whose module is copied, with the helpers beside it, instead of the template
 
@@ -40,7 +40,9 @@ def new_package(name: str, parent: Path, author: str, like: str | None = None) -
     that is not one of this project's, MissingPlugin when that one is not installed, FileExistsError when the folder is
     there already.
     """
-    variant = name.lower().replace("-", "_").removeprefix("lora_lite_")
+    plain = re.sub(r"^lora[-_]lite[-_]", "", name)
+    variant = plain.lower().replace("-", "_")
+    spelled = plain if plain != plain.lower() else plain.replace("_", "-").title()
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", variant) or keyword.iskeyword(variant):
         raise ConfigError(
             f"{name!r} cannot be the name of a variant; use letters, digits and single dashes: my-variant"
@@ -58,8 +60,8 @@ def new_package(name: str, parent: Path, author: str, like: str | None = None) -
         "variant": variant,
         "module": f"lora_lite_{variant}",
         "distribution": folder.name,
-        "config": "".join(part.capitalize() for part in variant.split("_")) + "Config",
-        "title": variant.replace("_", " ").capitalize(),
+        "config": spelled.replace("-", "").replace("_", "") + "Config",
+        "title": plain if plain != plain.lower() else variant.replace("_", " ").capitalize(),
         "author": author,
         "year": (year := str(datetime.date.today().year)),
         "copyright": f"Copyright (c) {year} {author}",

@@ -82,6 +82,11 @@ class ParamSpec:
             )
         if self.trainable and not self.persistent:
             raise ConfigError("ParamSpec(trainable=True, persistent=False): what is trained must be saved")
+        if not self.persistent and self.dtype is not None and not self.dtype.is_floating_point:
+            raise ConfigError(
+                f"ParamSpec(persistent=False, dtype={self.dtype}): what is computed anew at load may come out another "
+                "way; save it"
+            )
         if self.trainable and self.dtype is not None and not self.dtype.is_floating_point:
             raise ConfigError(
                 f"ParamSpec(trainable=True, dtype={self.dtype}): only floating-point tensors can be trained"

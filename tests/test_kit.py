@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,36 @@ def branches_on_the_data(v: types.SimpleNamespace) -> None:
 @caught_by("rows_are_independent")
 def batch_statistics(v: types.SimpleNamespace) -> None:
     v.forward = ll.hookimpl(lambda x, y, params: y + delta(x - x.flatten(0, -2).mean(0), params))
+
+
+@caught_by("unsaved_tensors_are_continuous")
+def directions_that_are_not_saved(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(
+        lambda d_in, d_out, cfg: {
+            "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False, persistent=False),
+            "lora_B": ll.ParamSpec((d_out, cfg.r)),
+        }
+    )
+
+    def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
+        params["lora_A"].copy_(torch.linalg.svd(ll.dense_weight(layer).float())[2][:2])
+
+    v.init = ll.hookimpl(init)
+
+
+@caught_by("unsaved_tensors_are_continuous")
+def draws_that_are_not_saved(v: types.SimpleNamespace) -> None:
+    v.param_specs = ll.hookimpl(
+        lambda d_in, d_out, cfg: {
+            "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False, persistent=False),
+            "lora_B": ll.ParamSpec((d_out, cfg.r)),
+        }
+    )
+
+    def init(params: dict[str, Tensor], generator: torch.Generator) -> None:
+        params["lora_A"].uniform_(generator=generator)
+
+    v.init = ll.hookimpl(init)
 
 
 @caught_by("any_leading_shape")
@@ -367,6 +398,27 @@ def test_wrong_variants_are_caught(name: str, registered: Any) -> None:
     assert f"'wrong' breaks a promise: {CHECKS[check].promise}" in result.message
     assert "\n  seen: " in result.message
     assert f"\n  to mend: {CHECKS[check].mend}" in result.message
+
+
+def test_what_cannot_be_attached_is_said_once(registered: Any) -> None:
+    namespace = right()
+    namespace.param_specs = ll.hookimpl(lambda d_in, cfg: {"A": ll.ParamSpec((cfg.r, d_in))})
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig())
+    assert result.name == "attaches"
+    assert "seen: BrokenPlugin: " in result.message
+    assert "names start with lora_" in result.message
+    (other,) = run_checks(WrongConfig(), only=["gradients"])
+    assert other.message == "not tried: 'wrong' cannot be attached and run; see `attaches`"
+
+
+def test_errors_in_the_variants_own_file_come_with_the_line(registered: Any) -> None:
+    namespace = right()
+    namespace.__file__ = __file__
+    namespace.forward = ll.hookimpl(lambda x, params: x @ params["lora_A"])
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig())
+    assert re.search(r"at: .*test_kit\.py, line \d+: namespace\.forward = ll\.hookimpl\(lambda x", result.message)
 
 
 def test_the_right_one_passes(registered: Any) -> None:

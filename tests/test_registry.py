@@ -216,7 +216,8 @@ def test_unknown_names_get_a_suggestion() -> None:
         ll.get_variant("pisa")
     assert (
         str(caught.value)
-        == f"no variant is called 'pisa'; did you mean 'pissa'?\n  installed: {', '.join(FIRST_PARTY)}"
+        == f"no variant is called 'pisa'; did you mean 'pissa'?\n  installed: {', '.join(FIRST_PARTY)}\n"
+        "  one of your own: pip install its package (pip install -e FOLDER), or ll.register(module, name=…)"
     )
     with pytest.raises(ll.MissingPlugin) as missing:
         ll.PisaConfig  # noqa: B018

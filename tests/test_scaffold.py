@@ -77,6 +77,15 @@ def test_a_copy_of_a_variant_works(like: str, tmp_path: Path, registered: Any, m
     assert "Ada L.\nCopyright (c) 2026 The lora-lite developers" in (package / "LICENSE").read_text(encoding="utf-8")
 
 
+def test_capitals_are_kept(tmp_path: Path) -> None:
+    package = new_package("My-LoRA", tmp_path, "Ada L.")
+    assert package.name == "lora-lite-my-lora"
+    text = (package / "lora_lite_my_lora/__init__.py").read_text(encoding="utf-8")
+    assert text.startswith('"""My-LoRA: ')
+    assert "class MyLoRAConfig(LowRankConfig)" in text
+    assert 'variant = "my_lora"' in text
+
+
 def test_copies_of_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ll.ConfigError, match="--from hrra: not a variant of this project; choose from lora, antipasto"):
         new_package("my-copy", tmp_path, "Ada L.", "hrra")

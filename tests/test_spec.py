@@ -17,6 +17,10 @@ import lora_lite as ll
         (lambda: ll.ParamSpec((2,), init="zero"), "ParamSpec(init='zero') is not a named init; did you mean 'zeros'?\n  named inits: zeros"),
         (lambda: ll.ParamSpec((2,), trainable=True, as_buffer=True), "a buffer cannot be trained"),
         (lambda: ll.ParamSpec((2,), persistent=False), "what is trained must be saved"),
+        (
+            lambda: ll.ParamSpec((2,), trainable=False, persistent=False, dtype=torch.int64),
+            "what is computed anew at load may come out another way; save it",
+        ),
         (lambda: ll.ParamSpec((2,), dtype=torch.int64), "only floating-point tensors can be trained"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -160,5 +161,9 @@ PAGES = {
 }
 
 if __name__ == "__main__":
-    for name, make in PAGES.items():
-        (DOCS / name).write_text(make(), encoding="utf-8")
+    made = {DOCS / name: make() for name, make in PAGES.items()}
+    if "--check" in sys.argv:
+        old = [path.name for path, content in made.items() if path.read_text(encoding="utf-8") != content]
+        sys.exit(f"not current: {', '.join(old)}; type: just docs, or uv run python tools/make_docs.py" if old else 0)
+    for path, content in made.items():
+        path.write_text(content, encoding="utf-8")

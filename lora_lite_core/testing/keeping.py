@@ -64,6 +64,25 @@ def check_wrong_base_is_refused(s: Subject) -> None:
         must(not depends, f"{depends} differ between two bases, and a file made on one was loaded onto the other")
 
 
+@promise("save it (leave persistent=False out): only norms and the like can be made again at load")
+def check_unsaved_tensors_are_continuous(s: Subject) -> None:
+    """A tensor that is not saved is the same for every seed, and nearly the same on a base that differs by rounding."""
+
+    def unsaved(noise: float, seed: int) -> dict[str, Tensor]:
+        model, draws = s.model(), torch.Generator().manual_seed(3)
+        for layer in (model.up, model.down, model.mix):  # all singular values equal: their vectors are arbitrary
+            torch.nn.init.orthogonal_(layer.weight, generator=draws)
+            layer.weight.data.mul_(1 + noise * torch.randn(layer.weight.shape, generator=draws))
+        adapter = s.attach(model, seed=seed)
+        saved = {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
+        return {name: tensor.detach() for name, tensor in adapter.named_tensors() if name not in saved}
+
+    here, seeded, rounded = unsaved(0, 0), unsaved(0, 1), unsaved(1e-4, 0)
+    for name, tensor in here.items():
+        close(seeded[name], tensor, 0, f"{name}, which is not saved, with another seed")
+        close(rounded[name], tensor, 1e-2, f"{name}, which is not saved, on a base that differs by 1e-4")
+
+
 def _frozen(adapter: Adapter) -> dict[str, Tensor]:
     saved = {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
     return {n: t.detach() for n, t in adapter.named_tensors() if n in saved and not t.requires_grad}

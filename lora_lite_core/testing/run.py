@@ -92,7 +92,23 @@ def run_checks(
         passes = {True: "unexpectedly passed", False: "passed"}
         outcome = (fails if message else passes)[check.name in expected]
         results.append(CheckResult(check.name, outcome, time.perf_counter() - began, check.promise, message))
+        if not subject.attaches and not chosen:
+            break  # the others would all say so
     return results
+
+
+def tensors_of(cfg: AdapterConfig) -> list[str]:
+    """What the variant puts on a layer 64 → 96, a line a tensor; raises what `attach` raises."""
+    subject = Subject(cfg)
+    adapter = subject.attach(subject.model())
+    name, target = next(iter(adapter.record.targets.items()))
+    held = dict(adapter.named_tensors())
+    lines = [f"on a layer {target.d_in} → {target.d_out}:"]
+    for bare in target.attributes:
+        tensor = held[f"{name}.{bare}"]
+        kind = "trained" if tensor.requires_grad else "frozen" if bare in target.saved else "frozen, not saved"
+        lines.append(f"  {bare} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, {kind}")
+    return lines
 
 
 def _bound(check: Check, subject: Subject) -> Callable[[], None]:

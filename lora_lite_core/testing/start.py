@@ -19,6 +19,12 @@ from .promise import promise
 from .subject import Subject, close, must
 
 
+@promise("read the message: it says what is wrong, and where it can, at which line")
+def check_attaches(s: Subject) -> None:
+    """The adapter can be put on a model of linear layers, run, and taken off."""
+    s.attach_and_run()
+
+
 @promise("give fields plain values: numbers, strings, booleans, None, flat tuples or string-keyed dicts of these")
 def check_config_survives_json(s: Subject) -> None:
     """A config that is written to JSON and read again is equal."""

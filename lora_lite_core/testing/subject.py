@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, attach
+from ..adapter import Adapter, attach, detach
 from ..config import AdapterConfig
 from ..contract import Variant
 from ..errors import CalibrationError
@@ -81,6 +82,22 @@ class Subject:
         self.identity_tol = self.variant.identity_atol if identity_tol is None else identity_tol
         self.sizes = sizes
 
+    @functools.cached_property
+    def attaches(self) -> bool:
+        """Whether the adapter can be put on a model and run at all; without that no other check says anything."""
+        try:
+            self.attach_and_run()
+        except Exception:
+            return False
+        return True
+
+    @torch.no_grad()
+    def attach_and_run(self) -> None:
+        model = self.model()
+        self.attach(model)
+        model(self.x())
+        detach(model)
+
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
         """A fresh model; the same one for the same seed."""
         with torch.random.fork_rng(devices=[]):
@@ -92,17 +109,17 @@ class Subject:
         made = torch.randn(*(shape or (4, 6)), self.sizes[0], generator=torch.Generator().manual_seed(seed))
         return made.to(dtype)
 
-    def attach(self, model: nn.Module, name: str = "default", **changes: Any) -> Adapter:
+    def attach(self, model: nn.Module, name: str = "default", seed: int = 0, **changes: Any) -> Adapter:
         """The adapter on every layer, with calibration data if it does not go without."""
         cfg = replace(self.cfg, **changes) if changes else self.cfg
         if self.calibration is None:
             try:
-                return attach(model, cfg, name=name)
+                return attach(model, cfg, name=name, seed=seed)
             except CalibrationError:
                 dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-                data = [self.x(8, 40, dtype=dtype, seed=seed) for seed in range(2)]
-                return attach(model, cfg, name=name, calibration_data=data)
-        return attach(model, cfg, name=name, calibration_data=self.calibration)
+                data = [self.x(8, 40, dtype=dtype, seed=which) for which in range(2)]
+                return attach(model, cfg, name=name, seed=seed, calibration_data=data)
+        return attach(model, cfg, name=name, seed=seed, calibration_data=self.calibration)
 
     def trained(self, dtype: torch.dtype = torch.float32, seed: int = 0, name: str = "default") -> tuple[Net, Adapter]:
         """A fresh model with an adapter that three AdamW steps have moved away from the identity."""
