@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         UnknownVariant,
         UnsupportedLayer,
     )
+    from .exchange import export_peft, import_peft
     from .export import export_lora
     from .files import load, save
     from .hookspecs import CONTRACT_VERSION, hookimpl
@@ -62,6 +63,7 @@ _MODULES = {
         "UnknownVariant",
         "UnsupportedLayer",
     ),
+    "exchange": ("export_peft", "import_peft"),
     "export": ("export_lora",),
     "files": ("load", "save"),
     "hookspecs": ("CONTRACT_VERSION", "hookimpl"),

@@ -13,7 +13,7 @@ from . import hookspecs
 from .config import AdapterConfig
 from .errors import BrokenPlugin, did_you_mean, listed
 
-HOOKS = ("param_specs", "init", "group_init", "forward_input", "forward", "fingerprint")
+HOOKS = ("param_specs", "init", "group_init", "forward_input", "forward", "fingerprint", "to_peft", "from_peft")
 _manager = PluginManager("lora_lite")
 _manager.add_hookspecs(hookspecs)
 
@@ -47,6 +47,8 @@ class Variant:
         self.forward_input = hooks.get("forward_input")
         self.forward = hooks.get("forward")
         self.fingerprint = hooks.get("fingerprint")
+        self.to_peft = hooks.get("to_peft")
+        self.from_peft = hooks.get("from_peft")
 
     @property
     def takes_calibration(self) -> bool:

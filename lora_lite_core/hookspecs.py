@@ -1,6 +1,7 @@
 """The contract of a variant: six functions, each marked `@hookimpl`, each naming only the arguments it needs.
 
-Two are required: `param_specs`, and `forward` or `forward_input`. Shapes: x is (..., d_in), y is (..., d_out).
+Two are required: `param_specs`, and `forward` or `forward_input`. Two more are for methods that PEFT has, too.
+Shapes: x is (..., d_in), y is (..., d_out).
 
 CONTRACT_VERSION counts changes of hooks and arguments. A new argument breaks nobody, because a function names only what
 it needs. One that is to go is first marked with `warn_on_impl_args` for a release: whoever names it gets a warning at
@@ -19,6 +20,8 @@ targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, r
 calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
 x                 (..., d_in), what the frozen layer receives; any leading shape, also empty; any floating dtype
 y                 (..., d_out), the output so far: of the frozen layer and of adapters attached before
+config            the fields of PEFT's adapter_config.json, r and lora_alpha being this layer's own
+tensors           {name: tensor} of this layer in PEFT's file, the names without the layer's, as in "lora_A.weight"
 
 Constants that a module may hold:
 
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from .install import Target
     from .spec import ParamSpec
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 hookspec = pluggy.HookspecMarker("lora_lite")
 hookimpl = pluggy.HookimplMarker("lora_lite")
@@ -81,3 +84,19 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AdapterConfig,
 def fingerprint(layer: nn.Module, cfg: AdapterConfig) -> Tensor | None:
     """What the adapter assumes about the base: usually `sketch(layer)`. None means any base will do. A small float
     tensor whose last element is the scale that differences are compared with."""
+
+
+@hookspec(firstresult=True)
+def to_peft(
+    params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # type: ignore[empty-body]
+    """Fields of PEFT's adapter_config.json and the layer's tensors by PEFT's names. A field "$target_modules" becomes
+    the list of all layers. Raises MergeError for what PEFT cannot hold."""
+
+
+@hookspec(firstresult=True)
+def from_peft(
+    config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The way back: fields of this variant's config and the values of `params`; None for another method's files. Raises
+    ConfigError for fields that this variant cannot represent."""

@@ -87,7 +87,8 @@ def layout_fields(model: nn.Module, targets: Collection[str]) -> dict[str, Any]:
     transposed = {is_conv1d(model.get_submodule(target)) for target in targets}
     if len(transposed) > 1:
         raise MergeError("PEFT's fan_in_fan_out holds for all modules, and only some of these are transposed (Conv1D)")
-    return {"target_modules": suffix_targets(model, targets), "fan_in_fan_out": transposed == {True}}
+    stored = {"fan_in_fan_out": True} if transposed == {True} else {}  # not every method has this field
+    return {"target_modules": suffix_targets(model, targets), **stored}
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:

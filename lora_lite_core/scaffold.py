@@ -91,6 +91,8 @@ def _copied(like: str, words: dict[str, str]) -> dict[str, str]:
     variant = get_variant(like)
     source = Path(variant.namespace.__file__)
     text = source.read_text(encoding="utf-8")
+    # What PEFT knows of the method does not hold for what becomes of the copy.
+    text = re.sub(r"^(from \. import _peft|to_peft, from_peft = ).*\n", "", text, flags=re.M)
     helpers = re.findall(r"^from \.(\w+) import", text, flags=re.M)
     text = text.replace(variant.Config.__name__, words["config"])
     text = text.replace(f'variant = "{like}"', f'variant = "{words["variant"]}"')

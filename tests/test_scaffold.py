@@ -73,6 +73,7 @@ def test_a_copy_of_a_variant_works(like: str, tmp_path: Path, registered: Any, m
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "lora_lite_my_copy"]:
             del sys.modules[name]
+    assert not hasattr(module, "to_peft")
     assert f"begun as a copy of {like}" in str(module.__doc__).partition("\n")[0]
     assert "Ada L.\nCopyright (c) 2026 The lora-lite developers" in (package / "LICENSE").read_text(encoding="utf-8")
 

@@ -28,6 +28,7 @@ VERSIONS = {
         "fingerprint": ["layer", "cfg"],
     },
 }
+VERSIONS[2] = VERSIONS[1] | {"to_peft": ["params", "cfg", "layer"], "from_peft": ["config", "tensors", "layer"]}
 
 
 def test_the_version_counts_changes() -> None:

@@ -92,7 +92,8 @@ def _draw(table: Table, path: Path) -> None:
     """The table as a picture of a terminal, in the reader's own monospace font: rich would fetch one."""
     from rich.console import Console
 
-    canvas = Console(record=True, width=150, file=io.StringIO(), color_system="truecolor")
+    canvas = Console(record=True, width=200, file=io.StringIO(), color_system="truecolor")
+    canvas.width = canvas.measure(table).maximum
     canvas.print(table)
     drawn = re.sub(r"@font-face \{.*?\}", "", canvas.export_svg(title="lora-lite bench"), flags=re.S)
     path.write_text(drawn.replace("Fira Code, ", ""), encoding="utf-8")

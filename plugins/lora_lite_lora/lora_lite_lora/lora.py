@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, lowrank_delta
 
+from . import _peft
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(LowRankConfig):
@@ -39,6 +41,7 @@ class LoRAConfig(LowRankConfig):
 
 
 Config = LoRAConfig
+to_peft, from_peft = hookimpl(_peft.to_peft), hookimpl(_peft.from_peft)
 
 
 @hookimpl

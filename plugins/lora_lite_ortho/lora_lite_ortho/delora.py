@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from lora_lite_core import ConfigError, ParamSpec, RankConfig, dense_weight, hookimpl, layer_dtype
 
+from . import _peft_norms
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeLoRAConfig(RankConfig):
@@ -43,6 +45,7 @@ class DeLoRAConfig(RankConfig):
 
 
 Config = DeLoRAConfig
+to_peft, from_peft = hookimpl(_peft_norms.delora_to_peft), hookimpl(_peft_norms.delora_from_peft)
 
 
 @hookimpl

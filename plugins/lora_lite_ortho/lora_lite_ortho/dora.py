@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lora_lite_core import LowRankConfig, ParamSpec, base_forward, dense_weight, hookimpl, layer_dtype
 
+from . import _peft_norms
 from ._gates import gated
 
 
@@ -33,6 +34,7 @@ class DoRAConfig(LowRankConfig):
 
 
 Config = DoRAConfig
+to_peft, from_peft = hookimpl(_peft_norms.dora_to_peft), hookimpl(_peft_norms.dora_from_peft)
 
 
 @hookimpl

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from lora_lite_core import Adapter, ConfigError, ParamSpec, RankConfig, hookimpl
 
+from . import _peft
+
 IDENTITY_ATOL = 1e-5
 IDENTITY_REASON = "pairs of reflections cancel only up to rounding: about one unit in the last place of float32"
 
@@ -41,6 +43,7 @@ class HRAConfig(RankConfig):
 
 
 Config = HRAConfig
+to_peft, from_peft = hookimpl(_peft.hra_to_peft), hookimpl(_peft.hra_from_peft)
 
 
 def _paired(tensor: Tensor, generator: torch.Generator) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
 
+from . import _peft
 from ._gates import gated
 
 
@@ -31,6 +32,7 @@ class IA3Config(AdapterConfig):
 
 
 Config = IA3Config
+to_peft, from_peft = hookimpl(_peft.ia3_to_peft), hookimpl(_peft.ia3_from_peft)
 
 
 @hookimpl

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
 
+from . import _peft
 from ._gates import gated
 
 
@@ -30,6 +31,7 @@ class IA3FFConfig(AdapterConfig):
 
 
 Config = IA3FFConfig
+to_peft, from_peft = hookimpl(_peft.ia3_ff_to_peft), hookimpl(_peft.ia3_ff_from_peft)
 
 
 @hookimpl

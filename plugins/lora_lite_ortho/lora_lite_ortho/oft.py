@@ -20,6 +20,8 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, cayley_offset, hookimpl, skew
 
+from . import _peft
+
 
 @dataclass(frozen=True, kw_only=True)
 class OFTConfig(AdapterConfig):
@@ -39,6 +41,7 @@ class OFTConfig(AdapterConfig):
 
 
 Config = OFTConfig
+to_peft, from_peft = hookimpl(_peft.oft_to_peft), hookimpl(_peft.oft_from_peft)
 
 
 @hookimpl

@@ -1,0 +1,187 @@
+"""PEFT's own formats of the methods that it has, too. A method's module tells how it maps: to_peft and from_peft."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .checks import check_attachable, check_has_weights, check_not_sharded
+from .contract import Variant
+from .errors import AdapterFileError, ConfigError, LoraLiteError, MergeError, listed
+from .install import install
+from .layers import layer_sizes
+from .peft_format import CONFIG, layout_fields, read_directory, write_directory
+from .probe import entries_on
+from .records import check_name, check_one_owner, forget, record_of
+from .registry import get_variant, list_variants
+from .targets import Found, located
+from .tensors import specs_for
+
+TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
+UNREADABLE = (
+    "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices", "megatron_config",
+    "alora_invocation_tokens", "corda_config", "loftq_config",
+)  # fmt: skip
+
+
+def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> None:
+    """Write the adapter in the format that PEFT itself has for the method (DoRA, IA3, HRA, OFT …), for PEFT to load.
+
+    The model is not changed; the folder's parent must exist. Raises MergeError where PEFT has no such method or not
+    this form of it (`export_lora` writes any low-rank adapter as a LoRA), and AdapterNameError.
+    """
+    record = record_of(model, name)
+    if record.variant.to_peft is None:
+        raise MergeError(
+            f"variant '{record.variant.name}' has no form of its own in PEFT; export_lora writes a low-rank change as "
+            "a LoRA, merge(model) writes any into the weights"
+        )
+    check_not_sharded(model, "export from a model that is not sharded")
+    layout = layout_fields(model, record.targets)
+    fields: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, target in record.targets.items():
+        layer = model.get_submodule(path)
+        (entry,) = entries_on(path, layer, [name])
+        params = {bare: tensor.detach() for bare, tensor in entry.params(layer).items()}
+        with torch.no_grad():
+            fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": layer})
+        tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
+    write_directory(directory, model, {**layout, **_joined(fields, layout["target_modules"])}, tensors)
+
+
+def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict[str, Any]:
+    """One config of the modules' own: the commonest rank and alpha, the others as patterns."""
+    first = dict(next(iter(fields.values())))
+    for key, pattern in PATTERNS.items():
+        if pattern in first:
+            first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
+            first[pattern] = {path: own[key] for path, own in fields.items() if own[key] != first[key]}
+    free = {key for key, pattern in PATTERNS.items() if pattern in first}
+    for path, own in fields.items():
+        if differing := [key for key in own if key not in (*free, *PATTERNS.values()) and own[key] != first[key]]:
+            raise MergeError(f"{path} has {differing[0]}={own[differing[0]]!r}, and PEFT has one for all modules")
+    return {key: targets if value == TARGETS else value for key, value in first.items()}
+
+
+@dataclass
+class _Read:
+    """What one variant makes of a directory: per module the config and the tensors."""
+
+    variant: Variant
+    found: list[Found] = field(default_factory=list)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def import_peft(
+    model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default", trainable: bool = True
+) -> Adapter:
+    """Attach an adapter that PEFT has saved: LoRA (rsLoRA and patterns, too), DoRA, IA3, HRA, OFT, RoAd or DeLoRA.
+
+    directory  with adapter_config.json and adapter_model.safetensors; of another base model there is no way to tell
+    trainable  False keeps its tensors out of training
+
+    IA3 gates of inputs and of outputs are two variants here: then the second is called `{name}_{variant}`. All is
+    checked before the model is touched. Raises AdapterFileError for what the installed variants cannot represent, with
+    the field that is in the way; AdapterNameError; ModelStateError.
+    """
+    config, tensors = read_directory(directory)
+    if bad := [key for key in UNREADABLE if config.get(key)]:
+        raise AdapterFileError(
+            f"{directory}: {bad[0]}={config[bad[0]]!r} in {CONFIG} is more than an adapter of layers"
+        )
+    check_attachable(model)
+    check_one_owner(model)
+    reads = _read_all(str(directory), model, config, _by_module(str(directory), model, tensors))
+    names = [name, *(f"{name}_{read.variant.name}" for read in reads[1:])]
+    for one in names:
+        check_name(model, one)
+    done: list[str] = []
+    try:
+        for one, read in zip(names, reads, strict=True):
+            check_has_weights(read.found)
+            common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
+            cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
+            install(model, read.variant, cfg, one, 0, read.found, values=read.values)
+            done.append(one)
+    except BaseException:
+        for one in done:
+            forget(model, one)
+        raise
+    for one in names:
+        for parameter in () if trainable else Adapter(model, one).parameters():
+            parameter.requires_grad_(False)
+    return Adapter(model, name)
+
+
+def _by_module(where: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    layers = dict(model.named_modules())
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        path = next((p for size in range(len(parts), 0, -1) if (p := ".".join(parts[:size])) in layers), "")
+        if not path or layer_sizes(layers[path]) is None:
+            raise AdapterFileError(f"{where}: {key} belongs to no linear layer of this {type(model).__name__}")
+        found.setdefault(path, {})[key[len(path) + 1 :]] = tensor
+    if not found:
+        raise AdapterFileError(f"{where} holds no tensor")
+    return {path: found[path] for path in layers if path in found}
+
+
+def _read_all(
+    where: str, model: nn.Module, config: dict[str, Any], modules: Mapping[str, dict[str, Tensor]]
+) -> list[_Read]:
+    variants = [get_variant(info.name) for info in list_variants(check=True) if info.state == "ok"]
+    readers = [variant for variant in variants if variant.from_peft is not None]
+    reads: dict[str, _Read] = {}
+    for path, tensors in modules.items():
+        layer = model.get_submodule(path)
+        own = {**config, **_own_patterns(config, path)}
+        for variant in readers:
+            assert variant.from_peft is not None
+            try:
+                made = variant.from_peft({"config": own, "tensors": tensors, "layer": layer})
+                if made is None:
+                    continue
+                target = located(path, layer, variant.Config(exclude_names=(), **made[0]))
+                values = _checked(path, variant, target, made[1])
+            except LoraLiteError as error:
+                raise AdapterFileError(f"{where}: {path}: {error}") from error
+            read = reads.setdefault(variant.name, _Read(variant))
+            read.found.append(target)
+            read.values[path] = values
+            break
+        else:
+            raise AdapterFileError(
+                f"{where}: no installed variant reads peft_type {config['peft_type']!r} with {listed(tensors)}\n"
+                f"  variants that read PEFT's files: {listed((v.name for v in readers), 20)}"
+            )
+    return list(reads.values())
+
+
+def _own_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A module's own r and alpha, matched as PEFT does: the first pattern that ends its name."""
+    found: dict[str, Any] = {}
+    for key, pattern in PATTERNS.items():
+        for ending, value in (config.get(pattern) or {}).items():
+            if key not in found and re.match(rf"(.*\.)?({ending})$", path):
+                found[key] = value
+    return found
+
+
+def _checked(path: str, variant: Variant, target: Found, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    specs = specs_for(variant, path, target.layer, target.d_in, target.d_out, target.cfg)
+    wanted = {bare: spec.shape for bare, spec in specs.items() if spec.persistent}
+    given = {bare: tuple(tensor.shape) for bare, tensor in values.items()}
+    if given != wanted:
+        raise ConfigError(f"its tensors are {given} for {variant.name}, which needs {wanted}")
+    return values

@@ -1,0 +1,30 @@
+"""How LoRA is written in PEFT's directories, and read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lora_lite_core import ConfigError
+
+
+def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    alpha = cfg.r if cfg.alpha is None else cfg.alpha
+    fields = {"peft_type": "LORA", "r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora}
+    fields |= {"rank_pattern": {}, "alpha_pattern": {}}
+    return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
+
+
+def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    if config["peft_type"] != "LORA" or config.get("use_dora"):
+        return None
+    if str(config.get("init_lora_weights")).partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora"):
+        raise ConfigError(
+            f"init_lora_weights={config['init_lora_weights']!r}: these factors belong to a base that PEFT has changed; "
+            "save it there in converted form (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if config.get("use_qalora") or config.get("lora_bias") or config.get("bias", "none") != "none":
+        raise ConfigError("use_qalora, lora_bias and bias are more than a low-rank product")
+    fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
+    return fields, {key.replace(".weight", ""): tensor for key, tensor in tensors.items()}

@@ -1,0 +1,240 @@
+"""PEFT's own formats: what is written here is opened by peft, what peft has saved is opened here, with the same logits."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+from .test_export import gpt2, llama, logits, moved, opened_by_peft
+from .test_variants import config
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers' own
+
+OURS: dict[str, ll.AdapterConfig] = {
+    "lora": ll.LoRAConfig(r=4, alpha=6, rslora=True),
+    "lora_patterns": ll.LoRAConfig(r=4, alpha=6, rank_pattern={r"0\..*q_proj": 2}, alpha_pattern={"up_proj": 3.0}),
+    "dora": ll.DoRAConfig(r=4, alpha=6),
+    "ia3": ll.IA3Config(),
+    "ia3_ff": ll.IA3FFConfig(target_names=("down_proj",)),
+    "hra": ll.HRAConfig(r=4),
+    "oft": ll.OFTConfig(block_size=8),
+    "road_1": ll.RoAdConfig(mode=1, group_size=32),
+    "road_2": ll.RoAdConfig(mode=2, group_size=16),
+    "road_4": ll.RoAdConfig(mode=4, group_size=8),
+    "delora": ll.DeLoRAConfig(r=4, frozen_copy=False),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_opened_by_peft_and_come_back(name: str, tmp_path: Path) -> None:
+    base = llama()
+    model = copy.deepcopy(base)
+    adapter = moved(model, OURS[name])
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(base), atol=1e-3)
+    ll.export_peft(model, tmp_path / "out")
+    torch.testing.assert_close(opened_by_peft(base, tmp_path / "out"), expected, rtol=1e-4, atol=2e-5)
+    again = copy.deepcopy(base)
+    back = ll.import_peft(again, tmp_path / "out")
+    assert back.record.variant is adapter.record.variant
+    assert back.targets == adapter.targets
+    assert all(
+        back.record.targets[path].cfg.to_dict().get("r") == adapter.record.targets[path].cfg.to_dict().get("r")
+        for path in back.targets
+    )
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+THEIRS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, init_lora_weights=False),
+    "all": lambda: peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.1),
+    "rslora": lambda: peft.LoraConfig(r=4, use_rslora=True, target_modules=r".*\.(q|k)_proj", init_lora_weights=False),
+    "patterns": lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=LINEAR,
+        init_lora_weights=False,
+        use_rslora=True,
+        rank_pattern={"q_proj": 2, r"layers\.1\..*down_proj": 3},
+        alpha_pattern={"v_proj": 5},
+    ),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=LINEAR, init_lora_weights=False),
+    "dora_rslora": lambda: peft.LoraConfig(
+        r=4, use_dora=True, use_rslora=True, target_modules=LINEAR, init_lora_weights=False
+    ),
+    "ia3": lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=LINEAR, init_weights=False),
+    "oft": lambda: peft.OFTConfig(
+        oft_block_size=8, target_modules=LINEAR, use_cayley_neumann=False, init_weights=False
+    ),
+    "oft_blocks": lambda: peft.OFTConfig(
+        r=4, oft_block_size=0, target_modules=LINEAR, use_cayley_neumann=False, init_weights=False
+    ),
+    "road": lambda: peft.RoadConfig(variant="road_4", group_size=32, target_modules=LINEAR, init_weights=False),
+    "delora": lambda: peft.DeloraConfig(r=4, target_modules=LINEAR, rank_pattern={"q_proj": 2}, init_weights=False),
+}
+
+
+def saved_by_peft(base: Any, cfg: Any, folder: Path) -> torch.Tensor:
+    """A peft adapter with values that do something; its logits."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(copy.deepcopy(base), cfg).eval()
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.add_(0.03 * torch.randn_like(p)) if "ia3" not in key else p.data.copy_(1 + 0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_theirs_are_opened_here(name: str, tmp_path: Path) -> None:
+    base = llama()
+    expected = saved_by_peft(base, THEIRS[name](), tmp_path / "theirs")
+    assert not torch.allclose(expected, logits(base), atol=1e-3)
+    model = copy.deepcopy(base)
+    ll.import_peft(model, tmp_path / "theirs", trainable=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+    assert not any(p.requires_grad for p in model.parameters())
+    for one in ll.adapters(model):
+        ll.save(model, tmp_path / f"{one}.safetensors", name=one)
+    again = copy.deepcopy(base)
+    for one in ll.adapters(model):
+        ll.load(again, tmp_path / f"{one}.safetensors", name=one)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_both_kinds_of_ia3_become_two_adapters(tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, THEIRS["ia3"](), tmp_path / "theirs")
+    ll.import_peft(base, tmp_path / "theirs", name="gates")
+    assert {name: adapter.record.variant.name for name, adapter in ll.adapters(base).items()} == {
+        "gates": "ia3",
+        "gates_ia3_ff": "ia3_ff",
+    }
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    base = gpt2()
+    expected = saved_by_peft(
+        base, peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), tmp_path / "t"
+    )
+    model = copy.deepcopy(base)
+    ll.import_peft(model, tmp_path / "t")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    ll.export_peft(model, tmp_path / "ours")
+    torch.testing.assert_close(opened_by_peft(base, tmp_path / "ours"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pissa_of_peft_only_in_converted_form(tmp_path: Path) -> None:
+    base = llama()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="pissa")
+    ).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.03 * torch.randn_like(p))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(
+        ll.AdapterFileError, match=r"init_lora_weights='pissa': these factors belong to a base that PEFT has changed"
+    ):
+        ll.import_peft(copy.deepcopy(base), tmp_path / "raw")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = copy.deepcopy(base)
+    assert ll.import_peft(ours, tmp_path / "converted").cfg.r == 8
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
+
+
+def edited(folder: Path, **fields: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save=\['lm_head'\] in adapter_config.json is more than an adapter of layers",
+        ),
+        (
+            {"peft_type": "VERA"},
+            r"no installed variant reads peft_type 'VERA' with lora_A.weight, lora_B.weight\n  variants that read PEFT's files: delora, dora, hra",
+        ),
+        ({"bias": "all"}, "use_qalora, lora_bias and bias are more than a low-rank product"),
+        (
+            {"r": 5},
+            r"its tensors are {'lora_A': \(4, 64\), 'lora_B': \(64, 4\)} for lora, which needs {'lora_A': \(5, 64\)",
+        ),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, THEIRS["lora"](), tmp_path / "theirs")
+    before = set(base.state_dict())
+    with pytest.raises(ll.AdapterFileError, match=message):
+        ll.import_peft(base, edited(tmp_path / "theirs", **fields))
+    assert set(base.state_dict()) == before
+    assert not ll.adapters(base)
+
+
+def test_the_truncated_series_of_oft_is_refused(tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, peft.OFTConfig(oft_block_size=8, target_modules=LINEAR), tmp_path / "theirs")
+    with pytest.raises(ll.AdapterFileError, match="use_cayley_neumann=True is a truncated series"):
+        ll.import_peft(base, tmp_path / "theirs")
+
+
+def test_another_model_and_broken_folders(tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, THEIRS["lora"](), tmp_path / "theirs")
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"down_proj.lora_A.weight belongs to no linear layer of this GPT2",
+    ):
+        ll.import_peft(gpt2(), tmp_path / "theirs")
+    with pytest.raises(ll.AdapterFileError, match="for lora, which needs"):
+        ll.import_peft(llama(hidden_size=32), tmp_path / "theirs")
+    with pytest.raises(ll.AdapterFileError, match=r"holds no adapter_config.json \(there: no such folder\)"):
+        ll.import_peft(base, tmp_path / "nothing")
+    (tmp_path / "theirs/adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ll.AdapterFileError, match="cannot be read as a PEFT adapter"):
+        ll.import_peft(base, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["pissa", "lora_xs", "ssvd", "antipasto", "eva"])
+def test_methods_that_peft_does_not_have(name: str, tmp_path: Path) -> None:
+    model = llama()
+    tokens = [torch.randint(0, 64, (3, 12))]
+    ll.attach(model, config(name), calibration_data=tokens if name == "eva" else None)
+    with pytest.raises(ll.MergeError, match=rf"variant '{name}' has no form of its own in PEFT; export_lora writes"):
+        ll.export_peft(model, tmp_path / "out")
+
+
+def test_forms_that_peft_does_not_have(tmp_path: Path) -> None:
+    model = llama()
+    ll.attach(model, ll.DeLoRAConfig(r=2))
+    with pytest.raises(ll.MergeError, match="PEFT's DeLoRA has no frozen copies"):
+        ll.export_peft(model, tmp_path / "out")
+    ll.detach(model)
+    ll.attach(model, ll.RoAdConfig())
+    with pytest.raises(ll.MergeError, match="gate_proj has group_size=48, and PEFT has one for all modules"):
+        ll.export_peft(model, tmp_path / "out")
+    transposed = gpt2()
+    ll.attach(transposed, ll.HRAConfig(r=2))
+    with pytest.raises(ll.MergeError, match="PEFT's HRA takes nn.Linear layers, not a Conv1D"):
+        ll.export_peft(transposed, tmp_path / "out")
