@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapter_file import AdapterFile, inspect
     from .calibrate import calibration_batches, run_batch
     from .config import AdapterConfig, LowRankConfig, RankConfig
+    from .dry_run import Coverage, coverage
     from .errors import (
         AdapterFileError,
         AdapterNameError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .lowrank import cayley_offset, lowrank_delta, skew, truncated_svd
     from .merging import merge, merged
     from .optim import param_groups
+    from .packing import prepare
     from .registry import LoraLiteConfig, get_variant, list_variants, register, unregister
     from .spec import ParamSpec
 
@@ -47,6 +49,7 @@ _MODULES = {
     "adapter_file": ("AdapterFile", "inspect"),
     "calibrate": ("calibration_batches", "run_batch"),
     "config": ("AdapterConfig", "LowRankConfig", "RankConfig"),
+    "dry_run": ("Coverage", "coverage"),
     "errors": (
         "AdapterFileError",
         "AdapterNameError",
@@ -72,6 +75,7 @@ _MODULES = {
     "lowrank": ("cayley_offset", "lowrank_delta", "skew", "truncated_svd"),
     "merging": ("merge", "merged"),
     "optim": ("param_groups",),
+    "packing": ("prepare",),
     "registry": ("LoraLiteConfig", "get_variant", "list_variants", "register", "unregister"),
     "spec": ("ParamSpec",),
 }

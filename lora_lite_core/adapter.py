@@ -18,10 +18,12 @@ from .checks import (
     variant_of,
 )
 from .config import AdapterConfig, RankConfig
+from .dry_run import check_reached
 from .errors import CalibrationError, ModelStateError
 from .hooks import state_of
 from .install import found_again, install, making_room
 from .layers import layer_device
+from .packing import let_pack
 from .records import RECORDS, Record, check_name, check_one_owner, forget, names_of, record_of, records_of
 from .targets import find_targets
 from .text import count
@@ -109,7 +111,13 @@ class Adapter:
 
 
 def attach(
-    model: nn.Module, cfg: AdapterConfig, *, name: str = "default", calibration_data: Any = None, seed: int = 0
+    model: nn.Module,
+    cfg: AdapterConfig,
+    *,
+    name: str = "default",
+    calibration_data: Any = None,
+    seed: int = 0,
+    check_inputs: Any = None,
 ) -> Adapter:
     """Put a new adapter on the layers that the config selects, and freeze the base.
 
@@ -118,6 +126,7 @@ def attach(
     name              an identifier without "__"; several adapters may sit on one model
     calibration_data  batches for variants that look at activations, a list or DataLoader (read more than once)
     seed              of every random tensor, together with the layer's name
+    check_inputs      a batch (dict, tuple or tensor): raise TargetError when a run on it does not call every target
 
     The base weights are not written; the adapted model computes exactly what the base does. On a model on the meta
     device the values wait for `Adapter.initialize()`. Either all of it happens or none. Raises TargetError,
@@ -130,6 +139,8 @@ def attach(
     check_seed(seed)
     found = find_targets(model, cfg)
     check_calibration(variant, calibration_data)
+    if check_inputs is not None:
+        check_reached(model, {target.name: target.layer for target in found}, check_inputs)
     on_meta = any(layer_device(target.layer).type == "meta" for target in found)
     if on_meta and calibration_data is not None:
         raise CalibrationError(
@@ -156,6 +167,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for parameter_name in records.frozen:
         if parameter_name in parameters:
             parameters[parameter_name].requires_grad_(True)
+    let_pack(model, records.unpacked)
     model.__dict__.pop(RECORDS, None)
 
 

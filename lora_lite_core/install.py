@@ -16,6 +16,7 @@ from .contract import Variant
 from .errors import AdapterNameError, BrokenPlugin, ModelStateError, TargetError
 from .hooks import Entry, add_entry, remove_entry
 from .layers import layer_device, storage_of
+from .packing import keep_unpacked, let_pack
 from .records import Record, TargetRecord, forget, records_of, remember
 from .targets import Found
 from .tensors import attribute_name, fill, generator_for, register_tensor, specs_for, tensor_dtype
@@ -223,12 +224,14 @@ def install(
     """Put an adapter on these layers: with the `values` of a file, by target and bare name, or new ones, which with
     `deferred` wait for `Adapter.initialize`."""
     installation = Installation(model, variant, cfg, name, seed)
+    unpacked = keep_unpacked(model)
     try:
         for target in found:
             installation.add(target, None if values is None else values[target.name], deferred=deferred)
         if values is None and not deferred:
             installation.group_init(calibration_data)
-        remember(model, name, installation.commit(ready=not deferred))
+        remember(model, name, installation.commit(ready=not deferred), unpacked)
     except BaseException:
         installation.rollback()
+        let_pack(model, unpacked)
         raise

@@ -41,10 +41,11 @@ class Record:
 
 @dataclass
 class Records:
-    """On the model, by name: its adapters, and the parameters that `attach` turned off."""
+    """On the model, by name: its adapters, and the parameters and packing flags that `attach` turned off."""
 
     adapters: dict[str, Record] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    unpacked: list[str] = field(default_factory=list)
 
 
 def records_of(model: nn.Module) -> Records:
@@ -72,9 +73,10 @@ def record_of(model: nn.Module, name: str) -> Record:
     raise AdapterNameError(f"no adapter is called '{name}'{near}{only}\n  attached: {listed(records)}{hint}")
 
 
-def remember(model: nn.Module, name: str, record: Record) -> None:
+def remember(model: nn.Module, name: str, record: Record, unpacked: list[str]) -> None:
     """Write the record on the model and freeze what is not an adapter."""
     records = model.__dict__.setdefault(RECORDS, Records())
+    records.unpacked.extend(unpacked)
     records.adapters[name] = record
     ours = {id(p) for layer in model.modules() for p in _adapter_parameters(layer)}
     for parameter_name, parameter in model.named_parameters():
