@@ -13,8 +13,8 @@ from torch import nn
 
 from .config import AdapterConfig
 from .contract import Variant
-from .errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError
-from .layers import layer_device
+from .errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError, UnsupportedLayer
+from .layers import layer_device, passes_gradients, storage_of
 from .registry import get_variant
 from .targets import Found, check_layer
 
@@ -100,6 +100,16 @@ def check_seed(seed: int) -> None:
 def check_calibration(variant: Variant, data: Any) -> None:
     if data is not None and not variant.takes_calibration:
         raise CalibrationError(f"variant '{variant.name}' takes no calibration data; leave calibration_data out")
+
+
+def check_passes_gradients(found: Iterable[Found]) -> None:
+    """Raise UnsupportedLayer for a layer behind which nothing would be trained; one layer of each kind is tried."""
+    for target in {(type(t.layer), storage_of(t.layer)): t for t in found}.values():
+        if layer_device(target.layer).type != "meta" and not passes_gradients(target.layer):
+            raise UnsupportedLayer(
+                f"{target.name} ({storage_of(target.layer)}) passes no gradient to its input: adapters on it and "
+                "before it would silently not be trained; use a weight-only quantisation, or bitsandbytes"
+            )
 
 
 def check_has_weights(found: Iterable[Found]) -> None:

@@ -98,18 +98,27 @@ def sketch(layer: nn.Module) -> Tensor:
 
 
 def storage_of(layer: nn.Module) -> str:
-    """How the layer keeps its weight: "dense" for floating point, "bnb-nf4", "bnb-int8" …, else the class name."""
+    """How the layer keeps its weight: "dense" for floating point, "bnb-nf4", "bnb-int8" …, else the class of the weight
+    (torchao, quanto) or of the layer."""
     kind = type(layer).__name__
     weight = getattr(layer, "weight", None)
     if kind == "Linear4bit":
         return f"bnb-{getattr(weight, 'quant_type', '4bit')}"
     if kind == "Linear8bitLt":
         return "bnb-int8"
-    return (
-        "dense"
-        if isinstance(weight, nn.Parameter) and type(weight) is nn.Parameter and weight.dtype in _FLOATS
-        else kind
-    )
+    if type(weight) is nn.Parameter and weight.dtype in _FLOATS:
+        return "dense"
+    return kind if type(weight) in (nn.Parameter, Tensor, type(None)) else type(weight).__name__
+
+
+def passes_gradients(layer: nn.Module) -> bool:
+    """Whether a gradient comes through the frozen layer to its input; kernels made for inference alone drop it."""
+    if is_plain(layer) or is_conv1d(layer) or storage_of(layer).startswith("bnb"):
+        return True
+    rows = torch.zeros(2, _sizes(layer)[0], dtype=_probe_dtype(layer), device=layer_device(layer), requires_grad=True)
+    with torch.enable_grad():
+        image = base_forward(layer, rows)
+        return image.requires_grad and torch.autograd.grad(image.sum(), rows, allow_unused=True)[0] is not None
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lora_lite as ll
 from .test_variants import VARIANTS, config
 
 bnb = pytest.importorskip("bitsandbytes")
-STORED = ("nf4", "nf4-double", "fp4", "int8", "conv1d")
+STORED = ("nf4", "nf4-double", "fp4", "int8", "conv1d", "torchao", "hqq", "quanto", "weight-norm")
 
 
 def stored(kind: str, plain: nn.Linear) -> Any:
@@ -26,6 +27,26 @@ def stored(kind: str, plain: nn.Linear) -> Any:
         layer: Any = Conv1D(d_out, d_in)
         layer.load_state_dict({"weight": plain.weight.detach().T.contiguous(), "bias": plain.bias.detach()})
         return layer
+    if kind == "weight-norm":
+        return nn.utils.parametrizations.weight_norm(copy.deepcopy(plain))
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        held = nn.Sequential(copy.deepcopy(plain))
+        quantize_(held, Int8WeightOnlyConfig())
+        return held[0]
+    if kind == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        settings = BaseQuantizeConfig(nbits=4, group_size=32)
+        return HQQLinear(copy.deepcopy(plain), settings, compute_dtype=torch.float32, device="cpu")
+    if kind == "quanto":
+        from optimum.quanto import freeze, qint8, quantize
+
+        held = nn.Sequential(copy.deepcopy(plain))
+        quantize(held, weights=qint8)
+        freeze(held)
+        return held[0]
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(d_in, d_out, has_fp16_weights=False)
     else:
@@ -54,6 +75,7 @@ def near(got: Tensor, expected: Tensor, limit: float = 2e-2) -> None:
     assert float((got - expected).norm()) <= limit * float(expected.norm()) + 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # of those
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_is_that_of_the_dense_twin(name: str, kind: str) -> None:
@@ -88,6 +110,19 @@ def test_training_is_that_of_the_dense_twin(name: str, kind: str) -> None:
                 near(model.eval()(x), twin.eval()(x))
     with torch.no_grad():
         near(model.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_kernels_for_inference_alone_are_refused() -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(
+        ll.UnsupportedLayer, match=r"2 \(Int8Tensor\) passes no gradient to its input: adapters on it and"
+    ):
+        ll.attach(model, ll.LoRAConfig(r=4))
+    assert not any("lora" in key for key in model.state_dict())
 
 
 @pytest.fixture(scope="module")
