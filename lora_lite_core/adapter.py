@@ -11,10 +11,10 @@ from torch import nn
 
 from .checks import (
     check_attachable,
+    check_behaviour,
     check_calibration,
     check_has_weights,
     check_not_sharded,
-    check_passes_gradients,
     check_seed,
     variant_of,
 )
@@ -140,7 +140,7 @@ def attach(
     check_seed(seed)
     found = find_targets(model, cfg)
     check_calibration(variant, calibration_data)
-    check_passes_gradients(found)
+    check_behaviour(found)
     if check_inputs is not None:
         check_reached(model, {target.name: target.layer for target in found}, check_inputs)
     on_meta = any(layer_device(target.layer).type == "meta" for target in found)

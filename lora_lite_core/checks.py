@@ -14,7 +14,7 @@ from torch import nn
 from .config import AdapterConfig
 from .contract import Variant
 from .errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError, UnsupportedLayer
-from .layers import layer_device, passes_gradients, storage_of
+from .layers import layer_device, misbehaviour, storage_of
 from .registry import get_variant
 from .targets import Found, check_layer
 
@@ -102,13 +102,13 @@ def check_calibration(variant: Variant, data: Any) -> None:
         raise CalibrationError(f"variant '{variant.name}' takes no calibration data; leave calibration_data out")
 
 
-def check_passes_gradients(found: Iterable[Found]) -> None:
-    """Raise UnsupportedLayer for a layer behind which nothing would be trained; one layer of each kind is tried."""
+def check_behaviour(found: Iterable[Found]) -> None:
+    """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
     for target in {(type(t.layer), storage_of(t.layer)): t for t in found}.values():
-        if layer_device(target.layer).type != "meta" and not passes_gradients(target.layer):
+        if layer_device(target.layer).type != "meta" and (why := misbehaviour(target.layer)):
             raise UnsupportedLayer(
-                f"{target.name} ({storage_of(target.layer)}) passes no gradient to its input: adapters on it and "
-                "before it would silently not be trained; use a weight-only quantisation, or bitsandbytes"
+                f"{target.name}, a {type(target.layer).__name__} ({storage_of(target.layer)}), {why}; "
+                f"leave it out with exclude_names=(…, '{target.name.rpartition('.')[2]}')"
             )
 
 

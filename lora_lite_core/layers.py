@@ -111,14 +111,28 @@ def storage_of(layer: nn.Module) -> str:
     return kind if type(weight) in (nn.Parameter, Tensor, type(None)) else type(weight).__name__
 
 
-def passes_gradients(layer: nn.Module) -> bool:
-    """Whether a gradient comes through the frozen layer to its input; kernels made for inference alone drop it."""
+def misbehaviour(layer: nn.Module) -> str:
+    """Why a frozen layer cannot carry adapters, as a clause, or "": tried on two rows, except on the usual classes."""
     if is_plain(layer) or is_conv1d(layer) or storage_of(layer).startswith("bnb"):
-        return True
-    rows = torch.zeros(2, _sizes(layer)[0], dtype=_probe_dtype(layer), device=layer_device(layer), requires_grad=True)
+        return ""
+    draws = torch.randn(3, _sizes(layer)[0], generator=torch.Generator().manual_seed(0))
+    rows = draws.to(layer_device(layer), _probe_dtype(layer))
+    rows[2] = rows[0] + rows[1]
     with torch.enable_grad():
-        image = base_forward(layer, rows)
-        return image.requires_grad and torch.autograd.grad(image.sum(), rows, allow_unused=True)[0] is not None
+        rows.requires_grad_()
+        images: object = base_forward(layer, rows)
+        if not isinstance(images, Tensor):
+            return f"returns a {type(images).__name__}, not a tensor"
+        if images.requires_grad:
+            images.sum().backward(inputs=[rows])
+        if rows.grad is None:
+            return (
+                "passes no gradient to its input, so that adapters on it and before it would silently not be trained "
+                "(a weight-only quantisation, or bitsandbytes, does)"
+            )
+    with torch.no_grad():
+        rest = images[0] + images[1] - base_forward(layer, torch.zeros_like(rows[:1]))[0] - images[2]
+        return "" if rest.norm() <= 0.1 * images[2].norm() else "is not affine in its input"
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -80,6 +80,11 @@ def check_layer(name: str, layer: nn.Module) -> None:
             f"{name} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so that an "
             f"adapter would never run; add exclude_names=(…, '{name.rpartition('.')[2]}')"
         )
+    if re.search(r"(^|\.)(mixer|mamba)\.dt_proj$", name):
+        raise UnsupportedLayer(
+            f"{name} belongs to a Mamba layer, which reads its weight without calling it, so that an adapter would "
+            "never run; add exclude_names=(…, 'dt_proj')"
+        )
     if getattr(getattr(layer, "_hf_hook", None), "offload", False):
         raise UnsupportedLayer(
             f"the weight of {name} is offloaded by accelerate and is not here when an adapter needs it; "

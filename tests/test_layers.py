@@ -138,3 +138,25 @@ def test_sketches_that_do_not_compare() -> None:
 def test_storage_names() -> None:
     assert storage_of(nn.Linear(2, 2)) == "dense"
     assert storage_of(nn.Linear(2, 2).to(torch.bfloat16)) == "dense"
+
+
+class Pair(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class Rectified(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(Pair, "returns a tuple, not a tensor"), (Rectified, "is not affine in its input")]
+)
+def test_layers_that_look_linear_and_are_not(kind: type[nn.Linear], why: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), kind(8, 8))
+    with pytest.raises(
+        ll.UnsupportedLayer, match=rf"1, a {kind.__name__} \(dense\), {why}; leave it out with exclude_names=\(…, '1'\)"
+    ):
+        ll.attach(model, ll.LoRAConfig(r=2))
+    ll.attach(model, ll.LoRAConfig(r=2, exclude_names=("1",)))

@@ -193,7 +193,9 @@ def test_layer_that_returns_a_tuple_is_named_at_its_first_call() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x), None
 
-    model = nn.Sequential(Router(4, 4))
+    with torch.device("meta"):  # elsewhere `attach` tries it
+        model = nn.Sequential(Router(4, 4))
     ll.attach(model, ll.LoRAConfig(r=2))
+    model.to_empty(device="cpu")
     with pytest.raises(ll.UnsupportedLayer, match="a Router returned a tuple, not a tensor, and cannot carry adapters"):
         model(torch.zeros(1, 4))
