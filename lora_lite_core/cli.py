@@ -169,6 +169,29 @@ def new(name: str, folder: Path, author: str, like: str | None) -> None:
     click.echo(f"\nnext: cd {made}; pip install -e '.[test]'; pytest")
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--base", required=True, help="Folder or name of the base model, as transformers loads it.")
+@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--rank", type=click.IntRange(1), help="Of the LoRA.  [default: the smallest that keeps --tol]")
+@click.option("--tol", default=1e-5, show_default=True, help="Largest relative error of a layer's change.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the factors: float32, float16, bfloat16.")
+@click.option("--own-form", is_flag=True, help="PEFT's own format of the method (DoRA, IA3, HRA …), not a LoRA.")
+def export(file: Path, base: str, directory: Path, rank: int | None, tol: float, dtype: str, own_form: bool) -> None:
+    """Write the adapter in FILE as a folder that PEFT, transformers, vLLM, SGLang and llama.cpp load."""
+    from .exchange import export_peft
+    from .export import export_lora, load_base
+    from .files import load
+
+    model = load_base(base)
+    load(model, file, trainable=False)
+    if own_form:
+        export_peft(model, directory)
+        click.echo(f"written: {directory}")
+    else:
+        click.echo(export_lora(model, directory, tol=tol, rank=rank, dtype=dtype))
+
+
 def config_fields(pairs: Iterable[str]) -> dict[str, Any]:
     """`r=4`, `layers=[0, 1]`, `rotate_basis=both` as config fields; values are JSON, or text where they are not."""
     found: dict[str, Any] = {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_not_sharded
-from .errors import ConfigError, MergeError
+from .errors import ConfigError, MergeError, ModelStateError
 from .peft_format import dtype_of, layout_fields, write_directory
 from .probe import adapted_map, entries_on
 from .records import record_of
@@ -77,6 +78,20 @@ def export_lora(
     fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
     write_directory(directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
     return result
+
+
+def load_base(base: str) -> nn.Module:
+    """A model of the architecture that its config names, by transformers; ModelStateError where that cannot be."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelStateError("loading a base model takes transformers; type: pip install transformers") from error
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(base)
+        kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return kind.from_pretrained(base, dtype="auto")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelStateError(f"--base {base} cannot be loaded by transformers: {error}") from error
 
 
 @torch.no_grad()

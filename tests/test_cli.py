@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from importlib_metadata import EntryPoint
 
@@ -71,7 +72,7 @@ def test_inspect_file(tmp_path: Path) -> None:
     [
         (
             ("varants",),
-            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, inspect, new, speed, variants",
+            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, export, inspect, new, speed, variants",
         ),
         (("inspect", "lor"), "'lor' is neither a file nor an installed variant; did you mean 'lora'?"),
         (("inspect", "none.safetensors"), "none.safetensors cannot be read: No such file"),
@@ -130,3 +131,26 @@ def test_check_as_json_and_its_mistakes() -> None:
     assert "no check is called 'quite'; did you mean 'quiet'?" in call("check", "road", "--only", "quite")[1]
     assert "RoAdConfig(mode=3): the modes are 1, 2 and 4" in call("check", "road", "--set", "mode=3")[1]
     assert "'mode' is not FIELD=VALUE" in call("check", "road", "--set", "mode")[1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_export(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from .test_export import llama, logits, moved
+
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    adapter = moved(base, ll.HRAConfig(r=4))
+    expected = logits(base)
+    adapter.save(tmp_path / "a.safetensors")
+    line = ["export", str(tmp_path / "a.safetensors"), "--base", str(tmp_path / "base"), "--to"]
+    done = CliRunner().invoke(cli.main, [*line, str(tmp_path / "lora")])
+    assert done.exit_code == 0, done.output
+    assert "<LoRAExport: rank 4, 14 layers in " in done.output
+    assert CliRunner().invoke(cli.main, [*line, str(tmp_path / "hra"), "--own-form"]).exit_code == 0
+    for folder in ("lora", "hra"):
+        opened = peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()
+        torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=2e-5)
+    wrong = CliRunner().invoke(cli.main, [line[0], line[1], "--base", str(tmp_path), "--to", str(tmp_path / "x")])
+    assert wrong.exit_code == 1
+    assert "cannot be loaded by transformers" in wrong.output
