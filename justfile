@@ -19,6 +19,10 @@ packaging:
 slow:
     uv run pytest -m slow
 
+# quantised bases on this machine, on CUDA where there is one
+bnb-smoke:
+    uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py
+
 lint:
     uv run ruff check .
     uv run ruff format --check .

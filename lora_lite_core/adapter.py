@@ -24,6 +24,7 @@ from .errors import CalibrationError, ModelStateError
 from .hooks import state_of
 from .install import found_again, install, making_room
 from .layers import layer_device
+from .modules import current, swap
 from .packing import let_pack
 from .records import RECORDS, Record, check_name, check_one_owner, forget, names_of, record_of, records_of
 from .targets import find_targets
@@ -56,11 +57,12 @@ class Adapter:
         return tuple(self.record.targets)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`."""
+        """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then those of whole modules."""
         for layer_name, target in self.record.targets.items():
             layer = self.model.get_submodule(layer_name)
             for bare, attribute in target.attributes.items():
                 yield f"{layer_name}.{bare}", getattr(layer, attribute)
+        yield from current(self.model, self.record.originals).items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to train, for an optimizer."""
@@ -190,8 +192,11 @@ def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
     changed = {id(e): e for state in states for e in state.entries if e.name in names and e.enabled}.values()
     for entry in changed:
         entry.enabled = False
+    trained = [swap(model, record_of(model, one).originals) for one in names]
     try:
         yield
     finally:
         for entry in changed:
             entry.enabled = True
+        for tensors in trained:
+            swap(model, tensors)

@@ -35,6 +35,7 @@ class AdapterConfig:
     exclude_names  regular expressions; what `model.get_output_embeddings()` returns is left out too, except with ()
     target_roles   any of "reader", "writer", "inner" (by `model.config.hidden_size`); () is all
     layers         block numbers, counted in the outermost ModuleList of a name; None is all
+    train_modules  regular expressions; these modules (a classifier) are trained and saved whole, and not adapted
 
     Round trip: `LoraLiteConfig(**cfg.to_dict()) == cfg`. Raises ConfigError on an unknown field or a bad value.
     """
@@ -46,6 +47,7 @@ class AdapterConfig:
     exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
     target_roles: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    train_modules: tuple[str, ...] = ()
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
         # Here, because the generated __init__ would answer with a bare TypeError and no suggestion.
@@ -61,7 +63,7 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("target_names", "exclude_names", "target_roles"):
+        for name in ("target_names", "exclude_names", "target_roles", "train_modules"):
             self._set(name, _strings(self, name))
         if self.dtype is not None:
             dtype = str(self.dtype).removeprefix("torch.")
@@ -71,7 +73,7 @@ class AdapterConfig:
                     f"{did_you_mean(dtype, FLOAT_DTYPES)}\n  dtypes: {', '.join(FLOAT_DTYPES)}, or None"
                 )
             self._set("dtype", dtype)
-        for pattern in (*self.target_names, *self.exclude_names):
+        for pattern in (*self.target_names, *self.exclude_names, *self.train_modules):
             check_pattern(self, pattern)
         for role in self.target_roles:
             if role not in ROLES:

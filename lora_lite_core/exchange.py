@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .contract import Variant
 from .errors import AdapterFileError, ConfigError, LoraLiteError, MergeError, listed
 from .install import install
 from .layers import layer_sizes
+from .modules import current, trained_paths, trained_tensors
 from .peft_format import CONFIG, layout_fields, read_directory, write_directory
 from .probe import entries_on
 from .records import check_name, check_one_owner, forget, record_of
@@ -28,7 +29,7 @@ from .tensors import specs_for
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
 UNREADABLE = (
-    "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices", "megatron_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
     "alora_invocation_tokens", "corda_config", "loftq_config",
 )  # fmt: skip
 
@@ -56,7 +57,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         with torch.no_grad():
             fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": layer})
         tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
-    write_directory(directory, model, {**layout, **_joined(fields, layout["target_modules"])}, tensors)
+    config = {**layout, **_joined(fields, layout["target_modules"])}
+    if whole := trained_paths(model, record.cfg):
+        config["modules_to_save"] = whole
+        tensors |= current(model, record.originals)
+    write_directory(directory, model, config, tensors)
 
 
 def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict[str, Any]:
@@ -101,7 +106,12 @@ def import_peft(
         )
     check_attachable(model)
     check_one_owner(model)
-    reads = _read_all(str(directory), model, config, _by_module(str(directory), model, tensors))
+    trained, patterns = _whole_modules(config, tensors)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
+    reads = _read_all(str(directory), model, config, _by_module(str(directory), model, rest))
+    reads[0].found = [replace(one, cfg=replace(one.cfg, train_modules=patterns)) for one in reads[0].found]
+    reads[0].values[""] = trained
+    _check_whole(str(directory), model, reads[0])
     names = [name, *(f"{name}_{read.variant.name}" for read in reads[1:])]
     for one in names:
         check_name(model, one)
@@ -111,7 +121,7 @@ def import_peft(
             check_has_weights(read.found)
             common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
             cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
-            install(model, read.variant, cfg, one, 0, read.found, values=read.values)
+            install(model, read.variant, cfg, one, 0, read.found, values={"": {}, **read.values})
             done.append(one)
     except BaseException:
         for one in done:
@@ -121,6 +131,32 @@ def import_peft(
         for parameter in () if trainable else Adapter(model, one).parameters():
             parameter.requires_grad_(False)
     return Adapter(model, name)
+
+
+def _whole_modules(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of PEFT's modules_to_save, and patterns for those of its names that have some."""
+    patterns = [rf"(^|\.){re.escape(name)}$" for name in config.get("modules_to_save") or ()]
+    found: dict[str, Tensor] = {}
+    used: dict[str, None] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        for pattern in patterns:
+            if any(re.search(pattern, ".".join(parts[:size])) for size in range(1, len(parts))):
+                found[key] = tensor
+                used[pattern] = None
+    return found, tuple(used)
+
+
+def _check_whole(where: str, model: nn.Module, read: _Read) -> None:
+    try:
+        wanted = {name: tuple(t.shape) for name, t in trained_tensors(model, read.found[0].cfg).items()}
+    except LoraLiteError as error:
+        raise AdapterFileError(f"{where}: modules_to_save: {error}") from error
+    given = {name: tuple(t.shape) for name, t in read.values[""].items()}
+    if given != wanted:
+        raise AdapterFileError(f"{where}: modules_to_save holds {given}, this {type(model).__name__} has {wanted}")
 
 
 def _by_module(where: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

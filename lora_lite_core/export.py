@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import check_not_sharded
 from .errors import ConfigError, MergeError, ModelStateError
-from .peft_format import dtype_of, layout_fields, write_directory
+from .peft_format import dtype_of, layout_fields, refuse_whole_modules, write_directory
 from .probe import adapted_map, entries_on
 from .records import record_of
 
@@ -60,6 +60,7 @@ def export_lora(
     cast = dtype_of(dtype)
     record = record_of(model, name)
     check_not_sharded(model, "export from a model that is not sharded")
+    refuse_whole_modules(record)
     fields = layout_fields(model, record.targets)
     parts = {path: _change(model, path, name, tol) for path in record.targets}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()), 1)

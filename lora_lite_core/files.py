@@ -33,8 +33,10 @@ from .errors import (
     listed,
 )
 from .install import install, making_room
+from .modules import current, trained_tensors
 from .records import Record, check_name, check_one_owner, record_of
 from .registry import get_variant
+from .spec import ParamSpec
 from .targets import Found, located
 from .tensors import specs_for
 from .text import count
@@ -61,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         f"{layer_name}.{bare}": getattr(model.get_submodule(layer_name), target.attributes[bare])
         for layer_name, target in record.targets.items()
         for bare in target.saved
-    }
+    } | current(model, record.originals)
     # A copy each: safetensors refuses tensors that share storage or are not contiguous.
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     _write(path, copies, _metadata(record))
@@ -95,7 +97,8 @@ def load(
         check_name(model, name)
         found = _targets_of(file, model, cfg)
         check_has_weights(found)
-        values = _values_of(file, variant, found)
+        whole = trained_tensors(model, cfg)
+        values = _values_of(file, variant, found, whole)
         check_base(file, variant, found, on_base_mismatch)
         install(model, variant, cfg, name, file.seed, found, values=values)
     adapter = Adapter(model, name)
@@ -200,29 +203,31 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
-def _values_of(file: AdapterFile, variant: Variant, found: Iterable[Found]) -> dict[str, dict[str, Tensor]]:
-    """The file's tensors by target and bare name, with names, shapes and kinds as the variant declares them."""
-    expected = {}
+def _values_of(
+    file: AdapterFile, variant: Variant, found: Iterable[Found], whole: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by target and bare name, with names, shapes and kinds as the variant declares them; those of
+    whole modules, by their full names, under ""."""
+    expected: dict[str, ParamSpec] = {}
     for target in found:
         specs = specs_for(variant, target.name, target.layer, target.d_in, target.d_out, target.cfg)
         expected |= {f"{target.name}.{bare}": spec for bare, spec in specs.items() if spec.persistent}
-    if expected.keys() != file.tensors.keys():
-        missing = [key for key in expected if key not in file.tensors]
-        unexpected = [key for key in file.tensors if key not in expected]
+    shapes = {key: spec.shape for key, spec in expected.items()} | {key: tuple(t.shape) for key, t in whole.items()}
+    if shapes.keys() != file.tensors.keys():
+        missing = [key for key in shapes if key not in file.tensors]
+        unexpected = [key for key in file.tensors if key not in shapes]
         raise AdapterFileError(
             f"{file.path} does not hold the tensors of variant '{variant.name}'\n"
             f"  missing: {listed(missing, 4)}\n  unexpected: {listed(unexpected, 4)}"
         )
-    for key, spec in expected.items():
-        if file.tensors[key][1] != spec.shape:
-            raise AdapterFileError(
-                f"{file.path}: {key} has shape {file.tensors[key][1]}, this model needs {spec.shape}"
-            )
+    for key, shape in shapes.items():
+        if file.tensors[key][1] != shape:
+            raise AdapterFileError(f"{file.path}: {key} has shape {file.tensors[key][1]}, this model needs {shape}")
     try:
         tensors = load_file(file.path)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file.path} cannot be read: {error}") from error
-    values: dict[str, dict[str, Tensor]] = {}
+    values = {"": {key: tensors[key] for key in whole}}
     for key, spec in expected.items():
         tensor = tensors[key]
         wanted = spec.dtype or torch.float32

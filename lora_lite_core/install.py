@@ -16,6 +16,7 @@ from .contract import Variant
 from .errors import AdapterNameError, BrokenPlugin, ModelStateError, TargetError
 from .hooks import Entry, add_entry, remove_entry
 from .layers import layer_device, storage_of
+from .modules import put_copies, trained_tensors
 from .packing import keep_unpacked, let_pack
 from .records import Record, TargetRecord, forget, records_of, remember
 from .targets import Found
@@ -221,16 +222,23 @@ def install(
     values: Mapping[str, Mapping[str, Tensor]] | None = None,
     deferred: bool = False,
 ) -> None:
-    """Put an adapter on these layers: with the `values` of a file, by target and bare name, or new ones, which with
-    `deferred` wait for `Adapter.initialize`."""
+    """Put an adapter on these layers: with the `values` of a file, by target and bare name (those of whole modules
+    under ""), or new ones, which with `deferred` wait for `Adapter.initialize`."""
     installation = Installation(model, variant, cfg, name, seed)
+    originals = trained_tensors(model, cfg)
+    for other, record in records_of(model).adapters.items():
+        if both := [key for key in originals if key in record.originals]:
+            raise TargetError(f"train_modules: {both[0]} is trained by adapter '{other}' already")
     unpacked = keep_unpacked(model)
     try:
         for target in found:
             installation.add(target, None if values is None else values[target.name], deferred=deferred)
         if values is None and not deferred:
             installation.group_init(calibration_data)
-        remember(model, name, installation.commit(ready=not deferred), unpacked)
+        record = installation.commit(ready=not deferred)
+        put_copies(model, originals, None if values is None else values[""])
+        record.originals = originals
+        remember(model, name, record, unpacked)
     except BaseException:
         installation.rollback()
         let_pack(model, unpacked)

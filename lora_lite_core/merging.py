@@ -13,6 +13,7 @@ from .adapter import detach, disabled
 from .checks import check_attachable
 from .errors import MergeError
 from .layers import base_forward, is_conv1d, storage_of
+from .modules import current, swap
 from .probe import AffineMap, adapted_map, entries_on, listed_variants
 from .records import names_of, record_of
 
@@ -41,7 +42,10 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
     """
     folds = _folds(model, names_of(model, name), to_dense)
     for one in names_of(model, name):
+        record = record_of(model, one)
+        trained = current(model, record.originals)
         detach(model, one)
+        swap(model, trained)  # what was trained whole stays
     for fold in folds:
         if _writable(fold.layer):
             _swap(fold)
@@ -58,7 +62,11 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
     """
     folds = _folds(model, names_of(model, name), to_dense=False)
     with ExitStack() as stack:
+        trained = [current(model, record_of(model, one).originals) for one in names_of(model, name)]
         stack.enter_context(disabled(model, name))
+        for tensors in trained:  # what was trained whole stays
+            base = swap(model, tensors)
+            stack.callback(swap, model, base)
         for fold in folds:
             stack.enter_context(_swapped(fold))
         yield

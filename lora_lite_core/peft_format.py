@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, MergeError
+from .errors import AdapterFileError, MergeError, listed
 from .layers import is_conv1d
+from .records import Record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -89,6 +90,15 @@ def layout_fields(model: nn.Module, targets: Collection[str]) -> dict[str, Any]:
         raise MergeError("PEFT's fan_in_fan_out holds for all modules, and only some of these are transposed (Conv1D)")
     stored = {"fan_in_fan_out": True} if transposed == {True} else {}  # not every method has this field
     return {"target_modules": suffix_targets(model, targets), **stored}
+
+
+def refuse_whole_modules(record: Record) -> None:
+    """A LoRA folder that servers read holds low-rank factors alone."""
+    if record.originals:
+        raise MergeError(
+            f"the adapter trains whole modules ({listed(record.originals, 3)}), which servers do not take from such a "
+            "folder; export_peft writes them as modules_to_save where PEFT has the method, merge(model) keeps them"
+        )
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:

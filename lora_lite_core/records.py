@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .contract import Variant
 from .errors import AdapterNameError, ModelStateError, did_you_mean, listed
 from .hooks import remove_entry, state_of
+from .modules import swap
 
 RECORDS = "_lora_lite_adapters"
 
@@ -37,6 +38,7 @@ class Record:
     seed: int
     ready: bool = True
     targets: dict[str, TargetRecord] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)  # of the base, while `train_modules` has copies there
 
 
 @dataclass
@@ -79,8 +81,9 @@ def remember(model: nn.Module, name: str, record: Record, unpacked: list[str]) -
     records.unpacked.extend(unpacked)
     records.adapters[name] = record
     ours = {id(p) for layer in model.modules() for p in _adapter_parameters(layer)}
+    whole = {key for one in records.adapters.values() for key in one.originals}
     for parameter_name, parameter in model.named_parameters():
-        if id(parameter) not in ours and parameter.requires_grad:
+        if id(parameter) not in ours and parameter_name not in whole and parameter.requires_grad:
             parameter.requires_grad_(False)
             records.frozen.append(parameter_name)
 
@@ -94,6 +97,7 @@ def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 def forget(model: nn.Module, name: str) -> Record:
     """Take the adapter's tensors and hooks off, and its record."""
     record = records_of(model).adapters.pop(name)
+    swap(model, record.originals)
     for layer_name, target in record.targets.items():
         try:
             layer = model.get_submodule(layer_name)

@@ -12,6 +12,7 @@ from torch import nn
 from .config import AdapterConfig
 from .errors import TargetError, UnsupportedLayer, closest, listed
 from .layers import layer_sizes
+from .modules import is_inside, trained_paths
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
@@ -43,7 +44,12 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Found]:
     if not linear:
         raise TargetError(f"{type(model).__name__} has no linear layer that an adapter could go on")
     head = _head(model)
-    allowed = {name: layer for name, layer in linear.items() if not _excluded(head, name, layer, cfg)}
+    whole = trained_paths(model, cfg)
+    allowed = {
+        name: layer
+        for name, layer in linear.items()
+        if not _excluded(head, name, layer, cfg) and not is_inside(name, whole)
+    }
     _check_excludes(model, cfg)
     chosen = _by_pattern(model, cfg, linear, allowed)
     chosen = _by_block(model, cfg, chosen)

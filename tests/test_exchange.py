@@ -168,8 +168,8 @@ def edited(folder: Path, **fields: Any) -> Path:
     ("fields", "message"),
     [
         (
-            {"modules_to_save": ["lm_head"]},
-            r"modules_to_save=\['lm_head'\] in adapter_config.json is more than an adapter of layers",
+            {"target_parameters": ["experts"]},
+            r"target_parameters=\['experts'\] in adapter_config.json is more than an adapter of layers",
         ),
         (
             {"peft_type": "VERA"},
