@@ -178,6 +178,12 @@ def draws_that_are_not_saved(v: types.SimpleNamespace) -> None:
     v.init = ll.hookimpl(init)
 
 
+@caught_by("peft_round_trip")
+def forgets_the_scale_on_the_way_to_peft(v: types.SimpleNamespace) -> None:
+    v.to_peft = ll.hookimpl(lambda params: ({"peft_type": "WRONG"}, {"a": params["lora_A"] * 2, "b": params["lora_B"]}))
+    v.from_peft = ll.hookimpl(lambda tensors: ({}, {"lora_A": tensors["a"], "lora_B": tensors["b"]}))
+
+
 @caught_by("any_leading_shape")
 def two_dimensions_only(v: types.SimpleNamespace) -> None:
     def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:

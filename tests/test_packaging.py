@@ -87,10 +87,10 @@ def test_a_scaffolded_package_builds_installs_and_passes_its_tests(
     run("uv", "pip", "install", "--python", python, own, scale, "pytest", cwd=folder)
     shutil.rmtree(package / "lora_lite_my_gain")  # the tests are to see what is installed
     done = run(python, "-m", "pytest", "-q", cwd=package)
-    assert re.search(r"\b2\d passed", done.stdout), done.stdout
+    assert re.search(r"\b3\d passed", done.stdout), done.stdout
     shutil.copytree(EXAMPLE / "tests", folder / "example")
     done = run(python, "-m", "pytest", "-q", cwd=folder / "example")
-    assert re.search(r"\b2\d passed", done.stdout), done.stdout
+    assert re.search(r"\b3\d passed", done.stdout), done.stdout
     listed = run(python, "-m", "lora_lite_core", "variants", cwd=folder).stdout
     assert re.search(r"^my_gain +lora-lite-my-gain 0\.1\.0 +ok +My gain: ", listed, flags=re.M)
     run(python, "-c", "import lora_lite as ll; print(ll.MyGainConfig(r=2))", cwd=folder)

@@ -15,6 +15,7 @@ import lora_lite as ll
 from .test_variants import VARIANTS, config
 
 bnb = pytest.importorskip("bitsandbytes")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STORED = ("nf4", "nf4-double", "fp4", "int8", "conv1d", "torchao", "hqq", "quanto", "weight-norm")
 
 
@@ -39,7 +40,7 @@ def stored(kind: str, plain: nn.Linear) -> Any:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
         settings = BaseQuantizeConfig(nbits=4, group_size=32)
-        return HQQLinear(copy.deepcopy(plain), settings, compute_dtype=torch.float32, device="cpu")
+        return HQQLinear(copy.deepcopy(plain), settings, compute_dtype=torch.float32, device=DEVICE)
     if kind == "quanto":
         from optimum.quanto import freeze, qint8, quantize
 
@@ -53,14 +54,14 @@ def stored(kind: str, plain: nn.Linear) -> Any:
         quantisation, _, double = kind.partition("-")
         layer = bnb.nn.Linear4bit(d_in, d_out, quant_type=quantisation, compress_statistics=bool(double))
     layer.load_state_dict(plain.state_dict())
-    return layer.to("cpu")
+    return layer
 
 
 def pair(kind: str) -> tuple[nn.Sequential, nn.Sequential]:
     """A model of such layers, and its twin of plain ones with the weights that they stand for."""
     torch.manual_seed(0)
     plain = [nn.Linear(64, 96), nn.Linear(96, 64)]
-    special = [stored(kind, layer) for layer in plain]
+    special = [stored(kind, layer).to(DEVICE) for layer in plain]  # bitsandbytes quantises on the way
     twins = []
     for layer, source in zip(special, plain, strict=True):
         twin = nn.Linear(source.in_features, source.out_features)
@@ -80,7 +81,7 @@ def near(got: Tensor, expected: Tensor, limit: float = 2e-2) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_is_that_of_the_dense_twin(name: str, kind: str) -> None:
     model, twin = pair(kind)
-    x, goal = torch.randn(24, 64), torch.randn(24, 64)
+    x, goal = torch.randn(24, 64).to(DEVICE), torch.randn(24, 64).to(DEVICE)
     # A measured baseline before attach, as people do.
     with torch.no_grad():
         near(model.eval()(x), twin.eval()(x))
@@ -146,9 +147,9 @@ def test_models_that_transformers_has_quantised(folder: Path, tmp_path: Path, na
         quantisation = BitsAndBytesConfig(
             load_in_4bit=storage == "4bit", load_in_8bit=storage == "8bit", bnb_4bit_quant_type="nf4"
         )
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map="cpu")
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map=DEVICE)
 
-    model, tokens = load(), torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    model, tokens = load(), torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         base = model(tokens).logits
     adapter = ll.attach(model, config(name), check_inputs={"input_ids": tokens})

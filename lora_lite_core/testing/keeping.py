@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, adapters, detach, disabled
-from ..errors import BaseMismatch, LoraLiteError
+from ..errors import BaseMismatch, LoraLiteError, MergeError
 from ..files import load, save
 from .promise import promise
 from .subject import Packed, Subject, close, must, weights_hash
@@ -137,6 +137,28 @@ def check_copies_are_independent(s: Subject) -> None:
             parameter.data.add_(0.05)
         must(not torch.equal(made(s.x()).detach(), expected), f"a {how} does not follow its own parameters")
         close(model(s.x()).detach(), expected, 0, f"the original after its {how} was changed")
+
+
+@promise("let from_peft undo to_peft: the same fields and, after rounding, the same tensors")
+def check_peft_round_trip(s: Subject) -> None:
+    """What to_peft writes of a layer, from_peft reads back, where a variant has both."""
+    to_peft, from_peft = s.variant.to_peft, s.variant.from_peft
+    if to_peft is None or from_peft is None:
+        return
+    model, adapter = s.trained()
+    for name, target in adapter.record.targets.items():
+        layer = model.get_submodule(name)
+        params = {bare: getattr(layer, attribute).detach() for bare, attribute in target.attributes.items()}
+        try:
+            config, tensors = to_peft({"params": params, "cfg": target.cfg, "layer": layer})
+        except MergeError:
+            return  # a form of the method that PEFT has not
+        back = from_peft({"config": config, "tensors": tensors, "layer": layer})
+        must(back is not None, f"from_peft does not know what to_peft wrote of {name}: {config}")
+        again = dict(back[1]) if back else {}
+        must(set(again) == set(target.saved), f"{sorted(again)} came back of {sorted(target.saved)}")
+        for bare in target.saved:
+            close(again[bare].reshape(params[bare].shape), params[bare], 1e-4, f"{bare} of {name}")
 
 
 @promise(
