@@ -26,7 +26,18 @@ from .install import found_again, install, making_room
 from .layers import layer_device
 from .modules import current, swap
 from .packing import let_pack
-from .records import RECORDS, Record, check_name, check_one_owner, forget, names_of, record_of, records_of
+from .records import (
+    RECORDS,
+    Record,
+    check_name,
+    check_one_owner,
+    check_outside,
+    forget,
+    inside,
+    names_of,
+    record_of,
+    records_of,
+)
 from .targets import find_targets
 from .text import count
 
@@ -80,9 +91,11 @@ class Adapter:
                 f"adapter '{self.name}' has its values already; initialize() is for one attached on meta"
             )
         check_attachable(self.model)
+        check_outside(self.model)
         check_calibration(record.variant, calibration_data)
         found = found_again(self.model, record)
         check_has_weights(found)
+        check_behaviour(found)
         with making_room(self.model, self.name, record.variant):
             install(
                 self.model, record.variant, record.cfg, self.name, record.seed, found, calibration_data=calibration_data
@@ -137,6 +150,7 @@ def attach(
     """
     variant = variant_of(cfg)
     check_attachable(model)
+    check_outside(model)
     check_one_owner(model)
     check_name(model, name)
     check_seed(seed)
@@ -161,6 +175,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises AdapterNameError when there is none.
     """
     names = names_of(model, name)
+    check_outside(model)
     check_not_sharded(model, "switch adapters off with disabled(model); a sharded model cannot lose its tensors")
     for one in names:
         forget(model, one)
@@ -187,6 +202,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
     Raises AdapterNameError when there is none.
     """
     names = names_of(model, name)
+    check_outside(model, "merged")
     layers = [model.get_submodule(layer) for one in names for layer in record_of(model, one).targets]
     states = [state for state in (state_of(layer) for layer in layers) if state is not None]
     changed = {id(e): e for state in states for e in state.entries if e.name in names and e.enabled}.values()
@@ -194,7 +210,8 @@ def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
         entry.enabled = False
     trained = [swap(model, record_of(model, one).originals) for one in names]
     try:
-        yield
+        with inside(model, "disabled"):
+            yield
     finally:
         for entry in changed:
             entry.enabled = True

@@ -183,6 +183,8 @@ def export(file: Path, base: str, directory: Path, rank: int | None, tol: float,
     from .export import export_lora, load_base
     from .files import load
 
+    if own_form and (rank is not None or (tol, dtype) != (1e-5, "float32")):
+        raise click.UsageError("--rank, --tol and --dtype are for a LoRA; leave them out with --own-form")
     model = load_base(base)
     load(model, file, trainable=False)
     if own_form:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +99,7 @@ def _called(model: nn.Module, layers: dict[str, nn.Module], batch: tuple[Iterabl
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(lambda *_, name=name: seen.add(name)).remove)
         stack.callback(lambda: [setattr(module, "training", was) for module, was in training.items()])
+        stack.callback(_restorer(model))  # caches that a forward fills would keep tensors without values
         model.eval()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -109,6 +110,21 @@ def _called(model: nn.Module, layers: dict[str, nn.Module], batch: tuple[Iterabl
             with torch.no_grad():
                 model(*args, **inputs)
     return seen
+
+
+def _restorer(model: nn.Module) -> Callable[[], None]:
+    """Puts every module's attributes, buffers and parameters back as they are now."""
+    kept = [(module, dict(vars(module)), dict(module._buffers), dict(module._parameters)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, attributes, buffers, parameters in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for held, before in ((module._buffers, buffers), (module._parameters, parameters)):
+                held.clear()
+                held.update(before)  # type: ignore[arg-type]
+
+    return restore
 
 
 def _size(layer: nn.Module) -> int:

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
-from .checks import check_attachable, check_has_weights, check_not_sharded
+from .adapter import Adapter, detach
+from .checks import check_attachable, check_behaviour, check_has_weights, check_not_sharded
 from .contract import Variant
 from .errors import AdapterFileError, ConfigError, LoraLiteError, MergeError, listed
 from .install import install
 from .layers import layer_sizes
 from .modules import current, trained_paths, trained_tensors
-from .peft_format import CONFIG, layout_fields, read_directory, write_directory
-from .probe import entries_on
-from .records import check_name, check_one_owner, forget, record_of
+from .peft_format import CONFIG, check_endings, layout_fields, read_directory, write_directory
+from .probe import check_entry, entries_on
+from .records import check_name, check_one_owner, check_outside, record_of
 from .registry import get_variant, list_variants
 from .targets import Found, located
 from .tensors import specs_for
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora")  # "lora_ga"
 UNREADABLE = (
     "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
     "alora_invocation_tokens", "corda_config", "loftq_config",
@@ -47,12 +48,14 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
             "a LoRA, merge(model) writes any into the weights"
         )
     check_not_sharded(model, "export from a model that is not sharded")
+    check_outside(model)
     layout = layout_fields(model, record.targets)
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for path, target in record.targets.items():
         layer = model.get_submodule(path)
         (entry,) = entries_on(path, layer, [name])
+        check_entry(path, entry, layer)
         params = {bare: tensor.detach() for bare, tensor in entry.params(layer).items()}
         with torch.no_grad():
             fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": layer})
@@ -60,6 +63,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
     config = {**layout, **_joined(fields, layout["target_modules"])}
     if whole := trained_paths(model, record.cfg):
         config["modules_to_save"] = whole
+        check_endings(model, whole, "modules_to_save")
         tensors |= current(model, record.originals)
     write_directory(directory, model, config, tensors)
 
@@ -70,7 +74,7 @@ def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict
     for key, pattern in PATTERNS.items():
         if pattern in first:
             first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
-            first[pattern] = {path: own[key] for path, own in fields.items() if own[key] != first[key]}
+            first[pattern] = {f"^{re.escape(path)}": own[key] for path, own in fields.items() if own[key] != first[key]}
     free = {key for key, pattern in PATTERNS.items() if pattern in first}
     for path, own in fields.items():
         if differing := [key for key in own if key not in (*free, *PATTERNS.values()) and own[key] != first[key]]:
@@ -100,11 +104,17 @@ def import_peft(
     the field that is in the way; AdapterNameError; ModelStateError.
     """
     config, tensors = read_directory(directory)
+    if str(config.get("init_lora_weights")).partition("_")[0] in CHANGED_BASE:
+        raise AdapterFileError(
+            f"{directory}: init_lora_weights={config['init_lora_weights']!r}: these factors belong to a base that PEFT "
+            "has changed; save it there in converted form, with path_initial_model_for_weight_conversion"
+        )
     if bad := [key for key in UNREADABLE if config.get(key)]:
         raise AdapterFileError(
             f"{directory}: {bad[0]}={config[bad[0]]!r} in {CONFIG} is more than an adapter of layers"
         )
     check_attachable(model)
+    check_outside(model)
     check_one_owner(model)
     trained, patterns = _whole_modules(config, tensors)
     rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
@@ -119,13 +129,15 @@ def import_peft(
     try:
         for one, read in zip(names, reads, strict=True):
             check_has_weights(read.found)
+            if trainable:
+                check_behaviour(read.found)
             common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
             cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
             install(model, read.variant, cfg, one, 0, read.found, values={"": {}, **read.values})
             done.append(one)
     except BaseException:
         for one in done:
-            forget(model, one)
+            detach(model, one)
         raise
     for one in names:
         for parameter in () if trainable else Adapter(model, one).parameters():
@@ -136,8 +148,9 @@ def import_peft(
 def _whole_modules(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of PEFT's modules_to_save, and patterns for those of its names that have some."""
-    patterns = [rf"(^|\.){re.escape(name)}$" for name in config.get("modules_to_save") or ()]
+    """The tensors of PEFT's modules_to_save, and patterns for those of its names that have some: PEFT compares the ends
+    of dotted names, also in the middle of a word."""
+    patterns = [rf"{re.escape(name)}$" for name in config.get("modules_to_save") or ()]
     found: dict[str, Tensor] = {}
     used: dict[str, None] = {}
     for key, tensor in tensors.items():
@@ -192,6 +205,10 @@ def _read_all(
                 values = _checked(path, variant, target, made[1])
             except LoraLiteError as error:
                 raise AdapterFileError(f"{where}: {path}: {error}") from error
+            except KeyError as error:
+                raise AdapterFileError(
+                    f"{where}: {path}: {error} is missing, in {CONFIG} or among its tensors {listed(tensors)}"
+                ) from error
             read = reads.setdefault(variant.name, _Read(variant))
             read.found.append(target)
             read.values[path] = values

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_not_sharded
-from .errors import ConfigError, MergeError, ModelStateError
+from .errors import ConfigError, MergeError, ModelStateError, listed
 from .peft_format import dtype_of, layout_fields, refuse_whole_modules, write_directory
 from .probe import adapted_map, entries_on
-from .records import record_of
+from .records import check_outside, record_of
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -60,12 +60,14 @@ def export_lora(
     cast = dtype_of(dtype)
     record = record_of(model, name)
     check_not_sharded(model, "export from a model that is not sharded")
+    check_outside(model)
     refuse_whole_modules(record)
     fields = layout_fields(model, record.targets)
     parts = {path: _change(model, path, name, tol) for path in record.targets}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()), 1)
     if rank is None:
-        _check_low(parts, size, f"'{name}' ({record.variant.name})")
+        own = {path: getattr(target.cfg, "r", 0) for path, target in record.targets.items()}
+        _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
     tensors: dict[str, Tensor] = {}
     result = LoRAExport(Path(directory), size)
     for path, (U, S, Vh) in parts.items():
@@ -90,9 +92,12 @@ def load_base(base: str) -> nn.Module:
     try:
         config: Any = transformers.AutoConfig.from_pretrained(base)
         kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        return kind.from_pretrained(base, dtype="auto")
+        model, report = kind.from_pretrained(base, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelStateError(f"--base {base} cannot be loaded by transformers: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelStateError(f"--base {base} lacks {listed(missing, 4)}, which would be random; give the whole model")
+    return model
 
 
 @torch.no_grad()
@@ -134,10 +139,11 @@ def _needed(S: Tensor, tol: float) -> int:
     return int((_left(S) > tol).sum())
 
 
-def _check_low(parts: dict[str, tuple[Tensor, Tensor, Tensor]], size: int, who: str) -> None:
-    """Refuse what would be larger than the weights themselves."""
-    for path, (U, _, Vh) in parts.items():
-        if size * (len(U) + Vh.shape[1]) > len(U) * Vh.shape[1]:
+def _check_low(parts: dict[str, tuple[Tensor, Tensor, Tensor]], own: dict[str, int], tol: float, who: str) -> None:
+    """Refuse what would be larger than the weights themselves, unless it is the rank that the layer was given."""
+    for path, (U, S, Vh) in parts.items():
+        size = _needed(S, tol)
+        if size > own[path] and size * (len(U) + Vh.shape[1]) > len(U) * Vh.shape[1]:
             most = min(len(U), Vh.shape[1])
             curves = [_left(S) for _, S, _ in parts.values()]
             table = ", ".join(

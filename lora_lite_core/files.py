@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapter_file import FORMAT, FORMAT_VERSION, AdapterFile, inspect
 from .base_check import Reaction, check_base
-from .checks import check_attachable, check_has_weights, check_not_sharded
+from .checks import check_attachable, check_behaviour, check_has_weights, check_not_sharded
 from .config import AdapterConfig, overrides
 from .contract import Variant
 from .errors import (
@@ -34,7 +34,7 @@ from .errors import (
 )
 from .install import install, making_room
 from .modules import current, trained_tensors
-from .records import Record, check_name, check_one_owner, record_of
+from .records import Record, check_name, check_one_owner, check_outside, record_of
 from .registry import get_variant
 from .spec import ParamSpec
 from .targets import Found, located
@@ -50,6 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     record = record_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
+    if record.originals:
+        check_outside(model)  # the trained modules are not in their place there
     check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
     path = Path(path).resolve()  # a link stays a link
     if path.suffix != ".safetensors":
@@ -92,11 +94,14 @@ def load(
     variant = _variant_of(file)
     cfg = _config_of(file, variant)
     check_attachable(model)
+    check_outside(model)
     with making_room(model, name, variant):
         check_one_owner(model)
         check_name(model, name)
         found = _targets_of(file, model, cfg)
         check_has_weights(found)
+        if trainable:
+            check_behaviour(found)
         whole = trained_tensors(model, cfg)
         values = _values_of(file, variant, found, whole)
         check_base(file, variant, found, on_base_mismatch)

@@ -16,7 +16,7 @@ from .contract import Variant
 from .errors import AdapterNameError, BrokenPlugin, ModelStateError, TargetError
 from .hooks import Entry, add_entry, remove_entry
 from .layers import layer_device, storage_of
-from .modules import put_copies, trained_tensors
+from .modules import check_untrained, put_copies, trained_tensors
 from .packing import keep_unpacked, let_pack
 from .records import Record, TargetRecord, forget, records_of, remember
 from .targets import Found
@@ -225,10 +225,9 @@ def install(
     """Put an adapter on these layers: with the `values` of a file, by target and bare name (those of whole modules
     under ""), or new ones, which with `deferred` wait for `Adapter.initialize`."""
     installation = Installation(model, variant, cfg, name, seed)
-    originals = trained_tensors(model, cfg)
-    for other, record in records_of(model).adapters.items():
-        if both := [key for key in originals if key in record.originals]:
-            raise TargetError(f"train_modules: {both[0]} is trained by adapter '{other}' already")
+    originals, found = trained_tensors(model, cfg), list(found)
+    whole = {other: record.originals for other, record in records_of(model).adapters.items()}
+    check_untrained((*originals, *(target.name for target in found)), whole)
     unpacked = keep_unpacked(model)
     try:
         for target in found:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .adapter import detach, disabled
 from .checks import check_attachable
 from .errors import MergeError
+from .hooks import state_of
 from .layers import base_forward, is_conv1d, storage_of
 from .modules import current, swap
 from .probe import AffineMap, adapted_map, entries_on, listed_variants
-from .records import names_of, record_of
+from .records import check_outside, inside, names_of, record_of
 
 
 @dataclass
@@ -42,10 +43,10 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
     """
     folds = _folds(model, names_of(model, name), to_dense)
     for one in names_of(model, name):
-        record = record_of(model, one)
-        trained = current(model, record.originals)
+        trained = current(model, record_of(model, one).originals)
         detach(model, one)
-        swap(model, trained)  # what was trained whole stays
+        for key, base in swap(model, trained).items():  # what was trained whole stays
+            trained[key].requires_grad_(base.requires_grad)
     for fold in folds:
         if _writable(fold.layer):
             _swap(fold)
@@ -69,11 +70,13 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
             stack.callback(swap, model, base)
         for fold in folds:
             stack.enter_context(_swapped(fold))
+        stack.enter_context(inside(model, "merged"))
         yield
 
 
 def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
     check_attachable(model)
+    check_outside(model)
     targets = dict.fromkeys(layer for one in names for layer in record_of(model, one).targets)
     owners = _owners(model)
     folds = []
@@ -85,6 +88,8 @@ def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
                 f"{path} ({storage_of(layer)}) does not hold a plain dense weight, and merging would quantise it anew; "
                 "merge(model, to_dense=True) replaces such layers by dense ones, export_lora leaves the base as it is"
             )
+        if not _writable(layer) and _has_own_hooks(layer):
+            raise MergeError(f"{path} has hooks or a forward of its own, which a dense layer in its place would lose")
         tied = owners.get(id(layer._parameters.get("weight")), [path])
         if len(tied) > 1:
             raise MergeError(
@@ -107,6 +112,12 @@ def _fold(path: str, layer: nn.Module, found: AffineMap, dtype: torch.dtype) -> 
     if is_conv1d(layer):
         weight = weight.T.contiguous()
     return Fold(path, layer, weight, bias if getattr(layer, "bias", None) is not None or bias.any() else None)
+
+
+def _has_own_hooks(layer: nn.Module) -> bool:
+    state = state_of(layer)
+    ours = len(state.handles) if state else 0
+    return "forward" in vars(layer) or len(layer._forward_hooks) + len(layer._forward_pre_hooks) > ours
 
 
 def _writable(layer: nn.Module) -> bool:
@@ -132,13 +143,17 @@ def _swap(fold: Fold) -> None:
 @contextmanager
 def _swapped(fold: Fold) -> Generator[None]:
     held = fold.layer._parameters
-    kept = dict(held)
+    kept = {kind: held[kind] for kind in ("weight", "bias") if kind in held}
     _swap(fold)
     try:
         yield
     finally:
-        held.clear()
-        held.update(kept)
+        for kind in ("weight", "bias"):
+            old, now = kept.get(kind), held.pop(kind, None)
+            if old is not None and now is not None and (old.device, old.dtype) != (now.device, now.dtype):
+                old = nn.Parameter(old.detach().to(now.device, now.dtype), old.requires_grad)  # the model has moved
+            if kind in kept:
+                held[kind] = old
 
 
 @torch.no_grad()
@@ -163,7 +178,7 @@ def _replace(model: nn.Module, fold: Fold) -> None:
         dense.bias = nn.Parameter(fold.bias)
     dense.train(fold.layer.training)
     for parent in list(model.modules()):
-        for child, module in list(parent.named_children()):
+        for child, module in list(parent._modules.items()):
             if module is fold.layer:
                 setattr(parent, child, dense)
 

@@ -6,7 +6,7 @@ The copies stand in the modules while the adapter is on and enabled; the base's 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -39,7 +39,9 @@ def trained_tensors(model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
         for name, inner in module.named_modules(prefix=path):
             if state_of(inner) is not None:
                 raise TargetError(f"train_modules: {name} carries an adapter; train it whole or adapt it, not both")
-        own = {f"{path}.{name}": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        saved = module.state_dict(keep_vars=True)
+        held = (*module.named_parameters(), *module.named_buffers())
+        own = {f"{path}.{name}": tensor for name, tensor in held if name in saved}
         if not any(isinstance(tensor, nn.Parameter) for tensor in own.values()):
             raise TargetError(f"train_modules: {path} ({type(module).__name__}) has no parameter to train")
         for name, tensor in own.items():
@@ -90,11 +92,14 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def current(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors by name; ModelStateError inside disabled(), where the base's own are in their place."""
-    found: dict[str, Tensor] = {}
-    for name, original in originals.items():
-        path, _, attribute = name.rpartition(".")
-        found[name] = getattr(model.get_submodule(path), attribute)
-        if found[name] is original:
-            raise ModelStateError(f"{name} is the base's own inside disabled(model); leave that block first")
-    return found
+    """The tensors that are in these places now: the trained ones, outside of disabled()."""
+    places = {name: name.rpartition(".") for name in originals}
+    return {name: getattr(model.get_submodule(path), attribute) for name, (path, _, attribute) in places.items()}
+
+
+def check_untrained(names: Iterable[str], whole: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise TargetError when one of these tensors or layers is trained whole by another adapter, given by its name."""
+    for name in names:
+        for other, originals in whole.items():
+            if name in originals or any(key.startswith(f"{name}.") for key in originals):
+                raise TargetError(f"{name} is trained whole by adapter '{other}' already (its train_modules)")

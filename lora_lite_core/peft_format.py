@@ -27,19 +27,23 @@ def write_directory(
     folder = Path(directory)
     if not folder.parent.is_dir():
         raise AdapterFileError(f"folder {folder.parent} does not exist; make it first")
-    folder.mkdir(exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(f"{folder} is a file; give a folder")
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
     config = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": str(base) if base else None,
         "task_type": None,
         "inference_mode": True,
         **fields,
     }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(exist_ok=True)
     held = {PREFIX + key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     partial = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(held, partial, metadata={"format": "pt"})
         partial.replace(folder / WEIGHTS)
-        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(folder / CONFIG)
     finally:
         partial.unlink(missing_ok=True)
@@ -64,8 +68,13 @@ def read_directory(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], d
 
 def suffix_targets(model: nn.Module, targets: Collection[str]) -> list[str]:
     """The shortest endings of dotted names that select these modules and no other, as PEFT and servers read them."""
-    paths = [path for path, _ in model.named_modules() if path]
+    modules = [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False) if path]
+    paths = [path for path, _ in modules]
     wanted = set(targets)
+    adapted = {key: path for path, key in modules if path in wanted}
+    for path, key in modules:
+        if path not in wanted and key in adapted:
+            raise MergeError(f"{path} is the same layer as {adapted[key]}, and PEFT would adapt one of the two alone")
     chosen: dict[str, None] = {}
     for target in targets:
         parts = target.split(".")
@@ -90,6 +99,14 @@ def layout_fields(model: nn.Module, targets: Collection[str]) -> dict[str, Any]:
         raise MergeError("PEFT's fan_in_fan_out holds for all modules, and only some of these are transposed (Conv1D)")
     stored = {"fan_in_fan_out": True} if transposed == {True} else {}  # not every method has this field
     return {"target_modules": suffix_targets(model, targets), **stored}
+
+
+def check_endings(model: nn.Module, whole: Collection[str], field: str) -> None:
+    """PEFT takes every module whose name ends so, also in the middle of a word."""
+    for path, _ in model.named_modules():
+        for name in whole:
+            if path.endswith(name) and not any(path == one or path.startswith(f"{one}.") for one in whole):
+                raise MergeError(f"PEFT's {field} would take '{path}' for '{name}', too; it cannot tell them apart")
 
 
 def refuse_whole_modules(record: Record) -> None:

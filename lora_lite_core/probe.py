@@ -34,10 +34,10 @@ def adapted_map(name: str, layer: nn.Module, entries: Sequence[Entry]) -> Affine
     """
     device = layer_device(layer)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    twin = dense_twin(layer, device)
-    params = [_checked(name, entry, layer, device) for entry in entries]
-    d_in, d_out = twin.in_features, twin.out_features
-    with torch.autocast(device.type, enabled=False):
+    params = [_params(name, entry, layer, device) for entry in entries]
+    with torch.autocast(layer_device(layer).type, enabled=False), torch.autocast(device.type, enabled=False):
+        twin = dense_twin(layer, device)
+        d_in, d_out = twin.in_features, twin.out_features
         shift = _run(twin, entries, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
         weight = torch.empty(d_out, d_in, dtype=torch.float64, device=device)
         reads_input = any(entry.variant.forward_input is not None for entry in entries)
@@ -76,19 +76,23 @@ def entries_on(name: str, layer: nn.Module, adapters: Sequence[str]) -> list[Ent
     return entries
 
 
-def _checked(name: str, entry: Entry, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def check_entry(name: str, entry: Entry, layer: nn.Module) -> None:
+    """Raise ModelStateError for an adapter that has no values or is off, MergeError for one that is not finite."""
     if not entry.ready:
         raise ModelStateError(f"adapter '{entry.name}' has no values yet; call initialize() or load(model, path) first")
     if not entry.enabled:
         raise ModelStateError(f"adapter '{entry.name}' is switched off by disabled(model); leave that block first")
-    params = {
+    for bare, tensor in entry.params(layer).items():
+        if not tensor.isfinite().all():
+            raise MergeError(f"{bare} of adapter '{entry.name}' on {name} holds NaN or infinity; nothing was written")
+
+
+def _params(name: str, entry: Entry, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    check_entry(name, entry, layer)
+    return {
         bare: tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
         for bare, tensor in entry.params(layer).items()
     }
-    for bare, tensor in params.items():
-        if not tensor.isfinite().all():
-            raise MergeError(f"{bare} of adapter '{entry.name}' on {name} holds NaN or infinity; nothing was written")
-    return params
 
 
 def _run(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -48,12 +49,31 @@ class Records:
     adapters: dict[str, Record] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     unpacked: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)  # "disabled", "merged": the with-blocks that we are in
 
 
 def records_of(model: nn.Module) -> Records:
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     return model.__dict__.get(RECORDS) or Records()
+
+
+@contextmanager
+def inside(model: nn.Module, block: str) -> Generator[None]:
+    """A with-block in which the model's adapters stand still."""
+    blocks = records_of(model).blocks
+    blocks.append(block)
+    try:
+        yield
+    finally:
+        blocks.remove(block)
+
+
+def check_outside(model: nn.Module, *blocks: str) -> None:
+    """Raise ModelStateError inside one of these blocks ("disabled", "merged"; none given: both)."""
+    for block in reversed(records_of(model).blocks):
+        if block in (blocks or ("disabled", "merged")):
+            raise ModelStateError(f"not inside `with {block}(model)`: leave that block first")
 
 
 def names_of(model: nn.Module, name: str | None) -> list[str]:
@@ -96,8 +116,13 @@ def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 def forget(model: nn.Module, name: str) -> Record:
     """Take the adapter's tensors and hooks off, and its record."""
-    record = records_of(model).adapters.pop(name)
+    records = records_of(model)
+    record = records.adapters.pop(name)
     swap(model, record.originals)
+    for key, parameter in model.named_parameters() if records.adapters else ():
+        if key in record.originals and parameter.requires_grad:  # for the adapters that stay it is base
+            parameter.requires_grad_(False)
+            records.frozen.append(key)
     for layer_name, target in record.targets.items():
         try:
             layer = model.get_submodule(layer_name)

@@ -151,6 +151,8 @@ def test_export(tmp_path: Path) -> None:
     for folder in ("lora", "hra"):
         opened = peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()
         torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=2e-5)
+    both = CliRunner().invoke(cli.main, [*line, str(tmp_path / "x"), "--own-form", "--rank", "2"])
+    assert "--rank, --tol and --dtype are for a LoRA" in both.output
     wrong = CliRunner().invoke(cli.main, [line[0], line[1], "--base", str(tmp_path), "--to", str(tmp_path / "x")])
     assert wrong.exit_code == 1
     assert "cannot be loaded by transformers" in wrong.output

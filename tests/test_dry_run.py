@@ -99,3 +99,23 @@ def test_attach_checks_inputs_when_asked(batch: Any) -> None:
         ll.attach(model, ll.LoRAConfig(r=2, exclude_names=("out_proj",)), check_inputs=batch)
     assert snapshot(model) == before
     ll.attach(model, ll.LoRAConfig(r=2, target_names=("^used",)), check_inputs=batch)
+
+
+def test_caches_that_a_forward_fills_stay_real() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("cos", torch.ones(1, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > len(self.cos):
+                self.cos = torch.ones(len(x), 8)
+                self.length = torch.tensor(len(x))
+            return self.linear(x) * self.cos
+
+    model = Caching()
+    ll.coverage(model, torch.randn(5, 8))
+    assert type(model.cos) is torch.Tensor
+    assert not hasattr(model, "length")
+    assert type(model(torch.randn(5, 8))) is torch.Tensor

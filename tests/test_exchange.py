@@ -238,3 +238,103 @@ def test_forms_that_peft_does_not_have(tmp_path: Path) -> None:
     ll.attach(transposed, ll.HRAConfig(r=2))
     with pytest.raises(ll.MergeError, match="PEFT's HRA takes nn.Linear layers, not a Conv1D"):
         ll.export_peft(transposed, tmp_path / "out")
+
+
+def test_dora_of_a_changed_base_is_refused(tmp_path: Path) -> None:
+    base = llama()
+    cfg = peft.LoraConfig(r=4, use_dora=True, target_modules=LINEAR, init_lora_weights="pissa")
+    saved_by_peft(base, cfg, tmp_path / "theirs")
+    with pytest.raises(ll.AdapterFileError, match="init_lora_weights='pissa': these factors belong to a base"):
+        ll.import_peft(base, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["ia3", "dora", "road_1"])
+def test_small_offsets_in_bfloat16_survive(name: str, tmp_path: Path) -> None:
+    base = llama()
+    model = copy.deepcopy(base)
+    changes: dict[str, Any] = {**OURS[name].to_dict(), "dtype": "bfloat16"}
+    adapter = ll.attach(model, ll.LoraLiteConfig(**changes))
+    for p in adapter.parameters():
+        if p.dim() == 1:
+            p.data.fill_(0.0035)
+    expected = logits(model)
+    assert not torch.equal(expected, logits(base))
+    ll.export_peft(model, tmp_path / "out")
+    torch.testing.assert_close(opened_by_peft(base, tmp_path / "out"), expected, rtol=1e-4, atol=2e-5)
+    with ll.merged(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_patterns_of_whole_names(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "proj": torch.nn.Linear(8, 8),
+            "enc": torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)}),
+            "mid": torch.nn.Linear(8, 8),
+        }
+    )
+    ll.attach(model, ll.LoRAConfig(r=2, alpha_pattern={"^proj": 8.0}))
+    ll.export_peft(model, tmp_path / "out")
+    ll.detach(model)
+    back = ll.import_peft(model, tmp_path / "out")
+    assert {path: target.cfg.alpha for path, target in back.record.targets.items()} == {
+        "proj": 8.0,
+        "enc.proj": 2,
+        "mid": 2,
+    }
+
+
+def test_states_that_are_not_written(tmp_path: Path) -> None:
+    model = llama()
+    ll.attach(model, ll.IA3Config())
+    model.model.layers[0].self_attn.q_proj.lora_g.data[0] = float("nan")
+    with pytest.raises(ll.MergeError, match="lora_g of adapter 'default' on .* holds NaN or infinity"):
+        ll.export_peft(model, tmp_path / "out")
+    with torch.device("meta"):
+        empty = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ll.attach(empty, ll.IA3Config())
+    with pytest.raises(ll.ModelStateError, match="adapter 'default' has no values yet"):
+        ll.export_peft(empty, tmp_path / "out")
+    shared = torch.nn.Linear(4, 4)
+    twice = torch.nn.Sequential(shared, shared)
+    ll.attach(twice, ll.IA3Config())
+    with pytest.raises(ll.MergeError, match="1 is the same layer as 0, and PEFT would adapt one of the two alone"):
+        ll.export_peft(twice, tmp_path / "out")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.AdapterFileError, match="file is a file; give a folder"):
+        ll.export_lora(model, tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_fields_and_tensors_are_named(tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, THEIRS["lora"](), tmp_path / "theirs")
+    path = tmp_path / "theirs/adapter_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key: value for key, value in fields.items() if key != "r"}), encoding="utf-8")
+    with pytest.raises(
+        ll.AdapterFileError, match="'r' is missing, in adapter_config.json or among its tensors lora_A.weight"
+    ):
+        ll.import_peft(base, tmp_path / "theirs")
+
+
+def test_a_failed_second_half_takes_the_first_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_lite_core import exchange
+
+    base = llama()
+    saved_by_peft(base, THEIRS["ia3"](), tmp_path / "theirs")
+    real, calls = exchange.install, iter([False, True])
+
+    def install(*args: Any, **options: Any) -> None:
+        if next(calls):
+            raise RuntimeError("second")
+        real(*args, **options)
+
+    monkeypatch.setattr(exchange, "install", install)
+    with pytest.raises(RuntimeError, match="second"):
+        ll.import_peft(base, tmp_path / "theirs")
+    assert not ll.adapters(base)
+    assert all(p.requires_grad for p in base.parameters())
+    assert "_lora_lite_adapters" not in vars(base)

@@ -170,3 +170,11 @@ def test_names_that_peft_cannot_tell_apart(tmp_path: Path) -> None:
     moved(model, ll.LoRAConfig(r=1, target_names=(r"^head",)))
     with pytest.raises(ll.MergeError, match="'head' is also the end of 'inner.head', which is not adapted"):
         ll.export_lora(model, tmp_path / "out")
+
+
+def test_small_layers_keep_the_rank_that_they_were_given(tmp_path: Path) -> None:
+    base = llama(num_key_value_heads=1)  # k_proj is 64 → 16
+    model = copy.deepcopy(base)
+    moved(model, ll.LoRAConfig(r=16, target_names=("q_proj", "k_proj")))
+    assert ll.export_lora(model, tmp_path / "out").rank == 16
+    torch.testing.assert_close(opened_by_peft(base, tmp_path / "out"), logits(model), rtol=1e-4, atol=2e-5)

@@ -217,7 +217,10 @@ def test_parametrised_layers() -> None:
 
 def test_states_in_which_it_is_refused() -> None:
     model, _ = trained("lora")
-    with ll.disabled(model), pytest.raises(ll.ModelStateError, match="adapter 'default' is switched off by disabled"):
+    with (
+        ll.disabled(model),
+        pytest.raises(ll.ModelStateError, match=r"not inside `with disabled\(model\)`: leave that block first"),
+    ):
         ll.merge(model)
     with pytest.raises(ll.AdapterNameError, match="no adapter is called 'defualt'; did you mean 'default'"):
         ll.merge(model, "defualt")
@@ -226,3 +229,44 @@ def test_states_in_which_it_is_refused() -> None:
     ll.attach(empty, ll.LoRAConfig(r=2))
     with pytest.raises(ll.ModelStateError, match="adapter 'default' has no values yet"):
         ll.merge(empty)
+
+
+def test_under_autocast_it_is_as_exact() -> None:
+    model, _ = trained("lora", bias=True)
+    twin, _ = trained("lora", bias=True)
+    ll.merge(twin)
+    with torch.autocast("cpu", torch.bfloat16):
+        ll.merge(model)
+    assert torch.equal(model[2].bias, twin[2].bias)
+    assert torch.equal(model[2].weight, twin[2].weight)
+
+
+def test_a_layer_that_stands_in_two_places() -> None:
+    torch.manual_seed(0)
+    shared = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    adapter = ll.attach(model, ll.LoRAConfig(r=2))
+    for p in adapter.parameters():
+        p.data.normal_()
+    x = torch.randn(3, 6)
+    expected = model(x)
+    ll.merge(model, to_dense=True)
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_hooks_of_the_user_are_not_lost() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    model[0].register_forward_hook(lambda layer, args, y: y)
+    ll.attach(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.MergeError, match="0 has hooks or a forward of its own"):
+        ll.merge(model, to_dense=True)
+
+
+def test_a_model_that_moves_while_it_is_merged() -> None:
+    model, x = trained("lora")
+    expected = model(x)
+    with ll.merged(model):
+        model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)

@@ -55,7 +55,7 @@ def test_a_head_is_trained_saved_and_restored(tmp_path: Path) -> None:
     assert int(model.parts["head"][1].num_batches_tracked) == 5
     with ll.disabled(model):
         assert torch.equal(model(X), base)
-        with pytest.raises(ll.ModelStateError, match=r"parts.head.0.weight is the base's own inside disabled\(model\)"):
+        with pytest.raises(ll.ModelStateError, match=r"not inside `with disabled\(model\)`: leave that block first"):
             adapter.save(tmp_path / "a.safetensors")
     assert torch.equal(model(X), trained)
     adapter.save(tmp_path / "a.safetensors")
@@ -117,9 +117,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ll.attach(tied, ll.LoRAConfig(r=2, exclude_names=(), train_modules=("head",)))
     assert snapshot(model) == before
     ll.attach(model, CFG)
-    with pytest.raises(
-        ll.TargetError, match="train_modules: parts.head.0.weight is trained by adapter 'default' already"
-    ):
+    with pytest.raises(ll.TargetError, match="parts.head.0.weight is trained whole by adapter 'default' already"):
         ll.attach(model, CFG, name="second")
     with pytest.raises(
         ll.MergeError, match=r"the adapter trains whole modules \(parts.head.0.weight, .* servers do not take"
@@ -175,3 +173,60 @@ def test_modules_to_save_of_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(base))
     ll.load(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_the_base_stays_frozen_while_another_adapter_is_there() -> None:
+    model = Model()
+    own = {key: p.detach().clone() for key, p in model.named_parameters()}
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",), train_modules=("head",)), name="first")
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",)), name="second")
+    ll.detach(model, "first")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == [
+        "parts.body.lora_A__second",
+        "parts.body.lora_B__second",
+    ]
+    ll.detach(model)
+    assert all(torch.equal(p, own[key]) and p.requires_grad for key, p in model.named_parameters())
+
+
+def test_merging_one_of_two_leaves_its_head_frozen() -> None:
+    model = Model()
+    fitted(model, ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",), train_modules=("head",)), name="first"))
+    model.parts["more"] = nn.Linear(3, 3)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("more",)), name="second")
+    ll.merge(model, "first")
+    assert not model.parts["head"][0].weight.requires_grad
+    ll.detach(model)
+    assert model.parts["head"][0].weight.requires_grad
+
+
+def test_an_adapter_on_a_head_that_another_trains_is_refused() -> None:
+    model = Model()
+    ll.attach(model, CFG)
+    with pytest.raises(ll.TargetError, match="parts.head.0 is trained whole by adapter 'default' already"):
+        ll.attach(model, ll.PiSSAConfig(r=2, target_names=("head.0",)), name="second")
+
+
+@pytest.mark.parametrize("block", [ll.disabled, ll.merged])
+def test_adapters_stand_still_in_a_block(block: Any, tmp_path: Path) -> None:
+    model = Model()
+    adapter = ll.attach(model, CFG)
+    adapter.save(tmp_path / "a.safetensors")
+    trained = fitted(model, adapter)
+    calls = [
+        lambda: ll.attach(model, ll.LoRAConfig(r=2), name="other"),
+        lambda: ll.detach(model),
+        lambda: ll.load(model, tmp_path / "a.safetensors", name="other"),
+        lambda: ll.merge(model),
+        lambda: ll.export_peft(model, tmp_path / "out"),
+        lambda: adapter.save(tmp_path / "b.safetensors"),
+    ]
+    with block(model):
+        for call in calls:
+            with pytest.raises(
+                ll.ModelStateError, match=rf"not inside `with {block.__name__}\(model\)`: leave that block first"
+            ):
+                call()
+    assert torch.equal(model(X), trained)
+    with ll.merged(model), pytest.raises(ll.ModelStateError, match="not inside `with merged"), ll.disabled(model):
+        pass

@@ -19,11 +19,6 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "LORA" or config.get("use_dora"):
         return None
-    if str(config.get("init_lora_weights")).partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora"):
-        raise ConfigError(
-            f"init_lora_weights={config['init_lora_weights']!r}: these factors belong to a base that PEFT has changed; "
-            "save it there in converted form (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
     if config.get("use_qalora") or config.get("lora_bias") or config.get("bias", "none") != "none":
         raise ConfigError("use_qalora, lora_bias and bias are more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}

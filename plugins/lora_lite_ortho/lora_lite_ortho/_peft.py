@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite_core import ConfigError, MergeError
 
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """At least float32: 1 + g would round a small g away in bfloat16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def refuse(config: dict[str, Any], *names: str) -> None:
@@ -24,18 +30,18 @@ def linear_only(layer: nn.Module, method: str) -> None:
 
 
 def ia3_to_peft(params: dict[str, Tensor]) -> Pair:
-    return {"peft_type": "IA3", "feedforward_modules": []}, {"ia3_l": 1 + params["lora_g"][:, None]}
+    return {"peft_type": "IA3", "feedforward_modules": []}, {"ia3_l": 1 + full(params["lora_g"])[:, None]}
 
 
 def ia3_ff_to_peft(params: dict[str, Tensor]) -> Pair:
-    return {"peft_type": "IA3", "feedforward_modules": "$target_modules"}, {"ia3_l": 1 + params["lora_g"][None]}
+    return {"peft_type": "IA3", "feedforward_modules": "$target_modules"}, {"ia3_l": 1 + full(params["lora_g"])[None]}
 
 
 def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], side: int) -> Pair | None:
     """PEFT writes gates of outputs as (d_out, 1) and those of inputs as (1, d_in): `side` is the one that is 1."""
     if config["peft_type"] != "IA3" or tensors["ia3_l"].shape[side] != 1:
         return None
-    return {}, {"lora_g": tensors["ia3_l"].flatten() - 1}
+    return {}, {"lora_g": full(tensors["ia3_l"]).flatten() - 1}
 
 
 def ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
@@ -58,7 +64,8 @@ def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | 
     return {"r": config["r"]}, {"lora_U": tensors["hra_u"].T}
 
 
-def oft_to_peft(params: dict[str, Tensor], cfg: Any) -> Pair:
+def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
+    linear_only(layer, "OFT")
     fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "use_cayley_neumann": False, "bias": "none"}
     return fields, {"oft_R.weight": params["lora_q"]}
 
@@ -77,11 +84,11 @@ def road_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Linear) -> Pair:
     linear_only(layer, "RoAd")
     group = cfg.group_size or next(size for size in range(64, 0, -2) if layer.out_features % size == 0)
     fields = {"peft_type": "ROAD", "variant": f"road_{cfg.mode}", "group_size": group}
-    return fields, {"road_theta": params["lora_theta"], "road_alpha": 1 + params["lora_alpha"]}
+    return fields, {"road_theta": params["lora_theta"], "road_alpha": 1 + full(params["lora_alpha"])}
 
 
 def road_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
     if config["peft_type"] != "ROAD":
         return None
     fields = {"mode": int(str(config["variant"]).rpartition("_")[2]), "group_size": config["group_size"]}
-    return fields, {"lora_theta": tensors["road_theta"], "lora_alpha": tensors["road_alpha"] - 1}
+    return fields, {"lora_theta": tensors["road_theta"], "lora_alpha": full(tensors["road_alpha"]) - 1}

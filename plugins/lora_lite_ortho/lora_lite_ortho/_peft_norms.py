@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import MergeError, dense_weight
+from lora_lite_core import ConfigError, MergeError, dense_weight
 
-from ._peft import Pair, linear_only, refuse
+from ._peft import Pair, full, linear_only, refuse
 
 
 def _row_norms(layer: nn.Module) -> Tensor:
@@ -24,7 +24,7 @@ def dora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
         "r": cfg.r,
         "lora_alpha": cfg.r if cfg.alpha is None else cfg.alpha,
     }
-    magnitude = _row_norms(layer) * (1 + params["lora_m"])
+    magnitude = _row_norms(layer) * (1 + full(params["lora_m"]))
     factors = {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
     return {**fields, "rank_pattern": {}, "alpha_pattern": {}}, {**factors, "lora_magnitude_vector": magnitude}
 
@@ -35,6 +35,8 @@ def dora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn
     refuse(config, "lora_bias", "bias", "use_qalora")
     alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
     norms = _row_norms(layer)
+    if not norms.all():
+        raise ConfigError("a row of the base's weight is zero, and has no magnitude that could be scaled")
     m = tensors["lora_magnitude_vector"].to(norms).flatten() / norms - 1
     values = {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"], "lora_m": m}
     return {"r": config["r"], "alpha": alpha}, values
@@ -46,7 +48,7 @@ def delora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pai
         raise MergeError("PEFT's DeLoRA has no frozen copies (frozen_copy=True); export_lora writes it as a LoRA")
     fields = {"peft_type": "DELORA", "r": cfg.r, "delora_lambda": cfg.lambda0, "rank_pattern": {}, "bias": "none"}
     factors = {"delora_A": params["lora_A"], "delora_B": params["lora_B"], "delora_w_norm": params["lora_w"]}
-    return fields, {**factors, "delora_lambda": cfg.lambda0 + params["lora_lambda"]}
+    return fields, {**factors, "delora_lambda": cfg.lambda0 + full(params["lora_lambda"])}
 
 
 def delora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
@@ -55,4 +57,4 @@ def delora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair
     refuse(config, "bias")
     fields = {"r": config["r"], "lambda0": float(config["delora_lambda"]), "frozen_copy": False}
     values = {"lora_A": tensors["delora_A"], "lora_B": tensors["delora_B"]}
-    return fields, {**values, "lora_lambda": tensors["delora_lambda"].flatten() - fields["lambda0"]}
+    return fields, {**values, "lora_lambda": full(tensors["delora_lambda"]).flatten() - fields["lambda0"]}

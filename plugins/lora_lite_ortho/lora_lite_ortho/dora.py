@@ -72,7 +72,7 @@ def _norm_ratio(layer: nn.Module, A: Tensor, B: Tensor, w2: Tensor, scale: float
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, layer: nn.Module) -> Tensor:
     A, B, m, w2 = params["lora_A"], params["lora_B"], params["lora_m"], params["lora_w2"]
     ratio = _norm_ratio(layer, A, B, w2, cfg.scale, x.dtype)
-    k = (1 + m) * ratio
+    k = (1 + m.to(ratio.dtype)) * ratio
     hidden = F.linear(x, A.to(x.dtype))
     bias = getattr(layer, "bias", None)
     unbias = None if bias is None else ((1 - k) * bias).to(hidden.dtype)  # k ⊙ y has the bias in it
