@@ -28,7 +28,7 @@ from .tensors import specs_for
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora")  # "lora_ga"
+BASE_KEPT = ("gaussian", "eva", "orthogonal")  # named starts of PEFT's LoRA that leave the base as it is
 UNREADABLE = (
     "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
     "alora_invocation_tokens", "corda_config", "loftq_config",
@@ -104,9 +104,10 @@ def import_peft(
     the field that is in the way; AdapterNameError; ModelStateError.
     """
     config, tensors = read_directory(directory)
-    if str(config.get("init_lora_weights")).partition("_")[0] in CHANGED_BASE:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in BASE_KEPT:
         raise AdapterFileError(
-            f"{directory}: init_lora_weights={config['init_lora_weights']!r}: these factors belong to a base that PEFT "
+            f"{directory}: init_lora_weights={start!r}: these factors belong to a base that PEFT "
             "has changed; save it there in converted form, with path_initial_model_for_weight_conversion"
         )
     if bad := [key for key in UNREADABLE if config.get(key)]:
