@@ -119,6 +119,7 @@ def inspect(subject: str, as_json: bool) -> None:
 def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> None:
     """Check that VARIANT keeps every promise of the library (the conformance kit). r is 4 unless it is set."""
     from .config import RankConfig
+    from .errors import ConfigError
     from .registry import get_variant
     from .testing import run_checks
     from .testing.run import CHECKS, tensors_of
@@ -128,7 +129,9 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
     given = {**rank, **config_fields(pairs)}
     try:
         cfg = Config(**given)
-    except (TypeError, ValueError) as error:  # ConfigError is both
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # of a check that the author has written
         spelled = ", ".join(f"{field}={value!r}" for field, value in given.items())
         raise click.ClickException(f"{Config.__name__}({spelled}): {error}") from error
     results = run_checks(cfg, only=only, expected_failures=dict.fromkeys(expect, "--expect"))

@@ -156,3 +156,20 @@ def test_export(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli.main, [line[0], line[1], "--base", str(tmp_path), "--to", str(tmp_path / "x")])
     assert wrong.exit_code == 1
     assert "cannot be loaded by transformers" in wrong.output
+
+
+def test_check_with_a_field_that_does_not_fit(registered: Any, toy: Any) -> None:
+    done = CliRunner().invoke(cli.main, ["check", "lora", "--set", "r=abc"])
+    assert done.output == "Error: LoRAConfig(r='abc'): a rank is a whole number of at least 1\n"
+
+    class Config(ll.AdapterConfig):
+        variant = "toy"
+
+        def __post_init__(self) -> None:
+            raise TypeError("share is a number")
+
+    toy.Config = Config
+    registered(toy, name="toy")
+    done = CliRunner().invoke(cli.main, ["check", "toy", "--set", "layers=1"])
+    assert done.exit_code == 1
+    assert done.output == "Error: Config(layers=1): share is a number\n"
