@@ -148,14 +148,17 @@ def batch_statistics(v: types.SimpleNamespace) -> None:
     v.forward = ll.hookimpl(lambda x, y, params: y + delta(x - x.flatten(0, -2).mean(0), params))
 
 
+UNSAVED_A = ll.hookimpl(
+    lambda d_in, d_out, cfg: {
+        "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False, persistent=False),
+        "lora_B": ll.ParamSpec((d_out, cfg.r)),
+    }
+)
+
+
 @caught_by("unsaved_tensors_are_continuous")
 def directions_that_are_not_saved(v: types.SimpleNamespace) -> None:
-    v.param_specs = ll.hookimpl(
-        lambda d_in, d_out, cfg: {
-            "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False, persistent=False),
-            "lora_B": ll.ParamSpec((d_out, cfg.r)),
-        }
-    )
+    v.param_specs = UNSAVED_A
 
     def init(layer: nn.Module, params: dict[str, Tensor]) -> None:
         params["lora_A"].copy_(torch.linalg.svd(ll.dense_weight(layer).float())[2][:2])
@@ -165,12 +168,7 @@ def directions_that_are_not_saved(v: types.SimpleNamespace) -> None:
 
 @caught_by("unsaved_tensors_are_continuous")
 def draws_that_are_not_saved(v: types.SimpleNamespace) -> None:
-    v.param_specs = ll.hookimpl(
-        lambda d_in, d_out, cfg: {
-            "lora_A": ll.ParamSpec((cfg.r, d_in), trainable=False, persistent=False),
-            "lora_B": ll.ParamSpec((d_out, cfg.r)),
-        }
-    )
+    v.param_specs = UNSAVED_A
 
     def init(params: dict[str, Tensor], generator: torch.Generator) -> None:
         params["lora_A"].uniform_(generator=generator)

@@ -74,8 +74,7 @@ def check_unsaved_tensors_are_continuous(s: Subject) -> None:
             torch.nn.init.orthogonal_(layer.weight, generator=draws)
             layer.weight.data.mul_(1 + noise * torch.randn(layer.weight.shape, generator=draws))
         adapter = s.attach(model, seed=seed)
-        saved = {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
-        return {name: tensor.detach() for name, tensor in adapter.named_tensors() if name not in saved}
+        return {name: tensor.detach() for name, tensor in adapter.named_tensors() if name not in _saved(adapter)}
 
     here, seeded, rounded = unsaved(0, 0), unsaved(0, 1), unsaved(1e-4, 0)
     for name, tensor in here.items():
@@ -84,8 +83,11 @@ def check_unsaved_tensors_are_continuous(s: Subject) -> None:
 
 
 def _frozen(adapter: Adapter) -> dict[str, Tensor]:
-    saved = {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
-    return {n: t.detach() for n, t in adapter.named_tensors() if n in saved and not t.requires_grad}
+    return {n: t.detach() for n, t in adapter.named_tensors() if n in _saved(adapter) and not t.requires_grad}
+
+
+def _saved(adapter: Adapter) -> set[str]:
+    return {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
 
 
 @promise("keep nothing outside `params`: adapters share the layer, and each has tensors of its own")
