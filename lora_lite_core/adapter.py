@@ -91,7 +91,6 @@ class Adapter:
                 f"adapter '{self.name}' has its values already; initialize() is for one attached on meta"
             )
         check_attachable(self.model)
-        check_outside(self.model)
         check_calibration(record.variant, calibration_data)
         found = found_again(self.model, record)
         check_has_weights(found)
@@ -150,7 +149,6 @@ def attach(
     """
     variant = variant_of(cfg)
     check_attachable(model)
-    check_outside(model)
     check_one_owner(model)
     check_name(model, name)
     check_seed(seed)

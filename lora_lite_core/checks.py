@@ -15,6 +15,7 @@ from .config import AdapterConfig
 from .contract import Variant
 from .errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError, UnsupportedLayer
 from .layers import layer_device, misbehaviour, storage_of
+from .records import check_outside
 from .registry import get_variant
 from .targets import Found, check_layer
 
@@ -26,6 +27,7 @@ def check_attachable(model: nn.Module) -> None:
     """Raise ModelStateError when hooks put on now would be ignored or their gradients lost."""
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"attach takes an nn.Module, not {type(model).__name__}")
+    check_outside(model)
     if torch.is_inference_mode_enabled():
         raise ModelStateError("inside torch.inference_mode() adapters could not be trained; attach outside of it")
     for name, module in model.named_modules():

@@ -13,6 +13,7 @@ from torch import nn
 from .errors import TargetError, listed
 from .layers import layer_sizes
 from .records import records_of
+from .targets import linear_layers
 from .text import count
 
 
@@ -56,14 +57,13 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
     """
     adapters = records_of(model).adapters.values()
     targets = dict.fromkeys(name for record in adapters for name in record.targets)
-    linear = {name: layer for name, layer in model.named_modules() if name and layer_sizes(layer) is not None}
+    linear = linear_layers(model)
     called = _called(model, linear, (args, inputs))
     sizes = {name: _size(layer) for name, layer in linear.items()}
     held = {id(p) for name in linear for p in linear[name].parameters()}
-    tied = {id(p) for name in called for p in linear[name].parameters()}
     beyond = {name: sizes[name] for name in linear if name not in called}
     for name, p in model.named_parameters():
-        if not name.rpartition(".")[2].startswith("lora_") and id(p) not in held | tied:
+        if not name.rpartition(".")[2].startswith("lora_") and id(p) not in held:
             beyond[name] = p.numel()
     reached = sum(sizes[name] for name in linear if name in called)
     return Coverage(
@@ -93,13 +93,11 @@ def _called(model: nn.Module, layers: dict[str, nn.Module], batch: tuple[Iterabl
     from torch.utils._pytree import tree_map_only
 
     seen: set[str] = set()
-    training = {module: module.training for module in model.modules()}
     args, inputs = batch
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(lambda *_, name=name: seen.add(name)).remove)
-        stack.callback(lambda: [setattr(module, "training", was) for module, was in training.items()])
-        stack.callback(_restorer(model))  # caches that a forward fills would keep tensors without values
+        stack.callback(_restorer(model))  # its mode, and caches that would keep tensors without values
         model.eval()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

@@ -115,7 +115,6 @@ def import_peft(
             f"{directory}: {bad[0]}={config[bad[0]]!r} in {CONFIG} is more than an adapter of layers"
         )
     check_attachable(model)
-    check_outside(model)
     check_one_owner(model)
     trained, patterns = _whole_modules(config, tensors)
     rest = {key: tensor for key, tensor in tensors.items() if key not in trained}

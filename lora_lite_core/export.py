@@ -64,7 +64,7 @@ def export_lora(
     refuse_whole_modules(record)
     fields = layout_fields(model, record.targets)
     parts = {path: _change(model, path, name, tol) for path in record.targets}
-    size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()), 1)
+    size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
         own = {path: getattr(target.cfg, "r", 0) for path, target in record.targets.items()}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")

@@ -94,7 +94,6 @@ def load(
     variant = _variant_of(file)
     cfg = _config_of(file, variant)
     check_attachable(model)
-    check_outside(model)
     with making_room(model, name, variant):
         check_one_owner(model)
         check_name(model, name)

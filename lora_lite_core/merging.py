@@ -16,7 +16,7 @@ from .hooks import state_of
 from .layers import base_forward, is_conv1d, storage_of
 from .modules import current, swap
 from .probe import AffineMap, adapted_map, entries_on, listed_variants
-from .records import check_outside, inside, names_of, record_of
+from .records import inside, names_of, record_of
 
 
 @dataclass
@@ -76,7 +76,6 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
 
 def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
     check_attachable(model)
-    check_outside(model)
     targets = dict.fromkeys(layer for one in names for layer in record_of(model, one).targets)
     owners = _owners(model)
     folds = []

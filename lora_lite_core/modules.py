@@ -17,6 +17,8 @@ from .hooks import state_of
 
 def trained_paths(model: nn.Module, cfg: AdapterConfig) -> list[str]:
     """The outermost modules that `train_modules` matches, in the model's order; TargetError when a pattern has none."""
+    if not cfg.train_modules:
+        return []
     names = [name for name, _ in model.named_modules() if name]
     for pattern in cfg.train_modules:
         if not any(re.search(pattern, name) for name in names):
@@ -52,6 +54,8 @@ def trained_tensors(model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
                 kind = f"{type(tensor).__name__} of {tensor.dtype}"
                 raise TargetError(f"train_modules: {name} is a {kind}, which cannot be trained")
         found |= own
+    if not found:
+        return found
     owners = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     for name, tensor in found.items():
         if shared := [other for other, key in owners if key == id(tensor) and other != name]:
