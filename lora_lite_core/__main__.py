@@ -1,6 +1,6 @@
 """`python -m lora_lite_core` is `lora-lite`."""
 
-from .cli import main
+from .cli.commands import main
 
 if __name__ == "__main__":
     main(prog_name="lora-lite")

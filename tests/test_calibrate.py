@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core import calibrate
-from lora_lite_core.calibrate import Moments, collect_inputs, principal_directions
+from lora_lite_core.toolbox import calibration as calibrate
+from lora_lite_core.toolbox.calibration import Moments, collect_inputs, principal_directions
 
 from .models import net, snapshot, token_ids
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from importlib_metadata import EntryPoint
 
 import lora_lite as ll
-from lora_lite_core import cli
+from lora_lite_core.cli import commands as cli
 
 from .models import net
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite_core.hookspecs import hookimpl
+from lora_lite_core.contract.hookspecs import hookimpl
 
 from .models import net, snapshot, token_ids
 

@@ -70,8 +70,8 @@ def test_the_variant_in_the_readme_works(registered, tmp_path: Path) -> None:
 def test_every_hook_and_argument_is_documented() -> None:
     import inspect
 
-    from lora_lite_core import hookspecs
-    from lora_lite_core.contract import HOOKS
+    from lora_lite_core.contract import hookspecs
+    from lora_lite_core.contract.variant import HOOKS
 
     page = (ROOT / "docs/hooks.md").read_text(encoding="utf-8")
     listed = re.search(r"^## The arguments\n\n```text\n(.*?)^```", page, flags=re.M | re.S)
@@ -97,7 +97,7 @@ def test_every_public_name_is_documented() -> None:
 
 
 def test_the_named_inits_are_in_the_text_of_paramspec() -> None:
-    from lora_lite_core.spec import NAMED_INITS
+    from lora_lite_core.contract.param_spec import NAMED_INITS
 
     assert all(f'"{name}"' in (ll.ParamSpec.__doc__ or "") for name in NAMED_INITS)
 

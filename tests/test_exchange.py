@@ -321,7 +321,7 @@ def test_missing_fields_and_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_a_failed_second_half_takes_the_first_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_lite_core import exchange
+    from lora_lite_core.files.peft import importing as exchange
 
     base = llama()
     saved_by_peft(base, THEIRS["ia3"](), tmp_path / "theirs")

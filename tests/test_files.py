@@ -203,7 +203,7 @@ def test_save_writes_the_whole_file_or_none(saved: Path, monkeypatch: pytest.Mon
         Path(arguments[1]).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora_lite_core.files.save_file", fail)
+    monkeypatch.setattr("lora_lite_core.files.save.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         ll.save(model, saved)
     assert saved.read_bytes() == before

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lora_lite as ll
 from lora_lite_core.testing import run_checks, variant_checks
-from lora_lite_core.testing.promise import CHECKS
+from lora_lite_core.testing.check import CHECKS
 
 SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}}
 EXPECTED = {"dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"}}

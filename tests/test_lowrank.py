@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite_core import lowrank
+from lora_lite_core.toolbox import svd as lowrank
 
 
 def matrix(d_out: int, d_in: int, spectrum: str, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from lora_lite_bench.command import bench
 
 from lora_lite_core.cli import main
-from lora_lite_core.scaffold import new_package
+from lora_lite_core.cli.scaffold import new_package
 from lora_lite_core.testing import run_checks
 
 ROOT = Path(__file__).parents[1]

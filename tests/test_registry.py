@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core import registry
+from lora_lite_core.discovery import registry
 
 FIRST_PARTY = sorted(registry.FIRST_PARTY)
 CONFIGS = [
@@ -70,7 +70,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
     yield make
     for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]:
-        from lora_lite_core.contract import forget
+        from lora_lite_core.contract.variant import forget
 
         forget(sys.modules.pop(name))
 

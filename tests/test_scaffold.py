@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite_core.cli import main
-from lora_lite_core.scaffold import FILES, new_package
+from lora_lite_core.cli.scaffold import FILES, new_package
 from lora_lite_core.testing import run_checks
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.targets import block_number, find_targets, role_of
+from lora_lite_core.attached.targeting import block_number, find_targets, role_of
 
 from .models import HIDDEN, LINEAR_LAYERS, net, snapshot
 

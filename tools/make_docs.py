@@ -12,10 +12,10 @@ from textwrap import indent
 import click
 
 import lora_lite_core as ll
-from lora_lite_core import hookspecs
 from lora_lite_core.cli import main
-from lora_lite_core.contract import HOOKS
-from lora_lite_core.testing.run import CHECKS
+from lora_lite_core.contract import hookspecs
+from lora_lite_core.contract.variant import HOOKS
+from lora_lite_core.testing.runner import CHECKS
 
 DOCS = Path(__file__).parents[1] / "docs"
 CONFIGS = (ll.AdapterConfig, ll.RankConfig, ll.LowRankConfig)

@@ -11,7 +11,7 @@ makes one pytest test of every promise. `run_checks` gives the same as a list, `
 
 from __future__ import annotations
 
-from .run import CheckResult, run_checks, variant_checks
-from .subject import CheckFailed, Subject
+from .runner import CheckResult, run_checks, variant_checks
+from .variant_under_test import CheckFailed, Subject
 
 __all__ = ["CheckFailed", "CheckResult", "Subject", "run_checks", "variant_checks"]

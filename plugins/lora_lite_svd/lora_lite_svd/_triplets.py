@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite_core import CalibrationError, Target, TargetError, dense_weight, truncated_svd
-from lora_lite_core.calibrate import Accumulator, Moments, calibration_batches, collect_inputs
+from lora_lite_core.toolbox.calibration import Accumulator, Moments, calibration_batches, collect_inputs
 
 
 def singular_triplets(

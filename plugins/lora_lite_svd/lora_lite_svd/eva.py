@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite_core import CalibrationError, ConfigError, LowRankConfig, ParamSpec, Target, hookimpl, lowrank_delta
-from lora_lite_core.calibrate import Moments, calibration_batches, collect_inputs, principal_directions
+from lora_lite_core.toolbox.calibration import Moments, calibration_batches, collect_inputs, principal_directions
 
 
 @dataclass(frozen=True, kw_only=True)

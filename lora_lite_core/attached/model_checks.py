@@ -1,0 +1,124 @@
+"""What is looked at before a model is touched: its state, the config's variant, the calibration data."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract.config import AdapterConfig
+from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError, UnsupportedLayer
+from ..contract.variant import Variant
+from ..discovery.registry import get_variant
+from ..layers.behaviour import misbehaviour
+from ..layers.kinds import layer_device, storage_of
+from .records import check_outside
+from .targeting import Found, check_layer
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Raise ModelStateError when hooks put on now would be ignored or their gradients lost."""
+    if not isinstance(model, nn.Module):
+        raise ModelStateError(f"attach takes an nn.Module, not {type(model).__name__}")
+    check_outside(model)
+    if torch.is_inference_mode_enabled():
+        raise ModelStateError("inside torch.inference_mode() adapters could not be trained; attach outside of it")
+    for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelStateError(f"{where} is compiled, and compiled code ignores hooks that come later; {ORDER}")
+        if type(module).__name__ in WRAPPERS or "FSDPModule" in (kind.__name__ for kind in type(module).__mro__):
+            raise ModelStateError(
+                f"{where} wraps the model already, and gradients of adapters would not be reduced; {ORDER}"
+            )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        if any(type(thing) is wrapper and thing.module is model for thing in gc.get_objects()):
+            raise ModelStateError(
+                f"a DistributedDataParallel holds the model and would not reduce new gradients; {ORDER}"
+            )
+    if "torch._dynamo" in sys.modules:
+        _check_compiled(model)
+    check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")
+
+
+def check_not_sharded(model: nn.Module, consequence: str) -> None:
+    """Raise ModelStateError when a parameter is a DTensor (FSDP2, tensor parallelism)."""
+    distributed_tensor = sys.modules.get("torch.distributed.tensor")
+    if distributed_tensor is None:  # not imported: then nothing is sharded
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, distributed_tensor.DTensor):
+            raise ModelStateError(f"{name} is sharded (a DTensor of FSDP2 or tensor parallelism); {consequence}")
+
+
+def _check_compiled(model: nn.Module) -> None:
+    """`c = torch.compile(model)` leaves no mark on the model itself; what holds it tells.
+
+    Also has compiled code look at hooks from now on, which it does not by default: without that, a second model of the
+    same class with adapters on other layers would silently run the first one's graph.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[assignment]
+    if getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 1) == 0:
+        return  # nothing has been compiled yet, and what will be looks at hooks; spares a search of 0.1 s
+    held = any(isinstance(holder, dict) and holder.get("_orig_mod") is model for holder in gc.get_referrers(model))
+    if held or hasattr(model.forward, "_torchdynamo_orig_callable"):
+        raise ModelStateError(f"the model was given to torch.compile, and compiled code ignores later hooks; {ORDER}")
+
+
+def variant_of(cfg: AdapterConfig) -> Variant:
+    if not isinstance(cfg, AdapterConfig):
+        raise ConfigError(f"attach takes a config such as LoRAConfig(r=8), not {type(cfg).__name__}")
+    variant = get_variant(cfg.variant)
+    if not isinstance(cfg, variant.Config):
+        raise ConfigError(f"variant '{variant.name}' takes {variant.Config.__name__}, not {type(cfg).__name__}")
+    if not isinstance(cfg.target_names, tuple):
+        raise BrokenPlugin(f"{type(cfg).__name__}.__post_init__ must begin with super().__post_init__()")
+    for field, value in cfg.to_dict().items():
+        try:
+            kept = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            kept = False
+        if not kept:
+            raise ConfigError(
+                f"{type(cfg).__name__}({field}={value!r}) would not survive in an adapter file; "
+                "a field holds numbers, strings, booleans, None, or a flat tuple or string-keyed dict of these"
+            )
+    return variant
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: a seed is a whole number from 0")
+
+
+def check_calibration(variant: Variant, data: Any) -> None:
+    if data is not None and not variant.takes_calibration:
+        raise CalibrationError(f"variant '{variant.name}' takes no calibration data; leave calibration_data out")
+
+
+def check_behaviour(found: Iterable[Found]) -> None:
+    """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
+    for target in {(type(t.layer), storage_of(t.layer)): t for t in found}.values():
+        if layer_device(target.layer).type != "meta" and (why := misbehaviour(target.layer)):
+            raise UnsupportedLayer(
+                f"{target.name}, a {type(target.layer).__name__} ({storage_of(target.layer)}), {why}; "
+                f"leave it out with exclude_names=(…, '{target.name.rpartition('.')[2]}')"
+            )
+
+
+def check_has_weights(found: Iterable[Found]) -> None:
+    for target in found:
+        check_layer(target.name, target.layer)
+        if layer_device(target.layer).type == "meta":
+            raise ModelStateError(
+                f"{target.name} is on the meta device and has no weights yet; load the base model's weights first"
+            )

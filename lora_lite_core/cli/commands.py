@@ -1,0 +1,219 @@
+"""The command line: `lora-lite variants`, `lora-lite inspect`, and what other packages add to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from importlib_metadata import EntryPoint, entry_points
+
+from ..contract.errors import LoraLiteError, UnknownVariant, did_you_mean
+from ..discovery.registry import list_variants
+from ..discovery.source import describe
+from ..files.format import inspect as inspect_file
+
+COMMANDS = "lora_lite.commands"
+
+
+class Commands(click.Group):
+    """The core's commands and those of the entry-point group `lora_lite.commands`, imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_installed()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        entry = _installed().get(cmd_name)
+        if own is not None or entry is None:
+            return own
+        try:
+            command = entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else entry.value
+            return _broken(
+                cmd_name, f"command '{cmd_name}' of {package} cannot be imported: {type(error).__name__}: {error}"
+            )
+        return (
+            command
+            if isinstance(command, click.Command)
+            else _broken(cmd_name, f"{entry.value} is not a click command")
+        )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known:
+            hint = "\n  type: pip install lora-lite-bench" if args[0] in ("bench", "speed") else ""
+            raise click.UsageError(
+                f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}{hint}"
+            )
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraLiteError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=COMMANDS)}
+
+
+def _broken(name: str, reason: str) -> click.Command:
+    def fail() -> None:
+        raise click.ClickException(reason)
+
+    return click.Command(name, callback=fail, short_help="(broken: cannot be imported)")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lora-lite-core", prog_name="lora-lite")
+def main() -> None:
+    """PyTorch adapters as plugins."""
+
+
+@main.command()
+@click.argument("pattern", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Import every variant and show what fails.")
+def variants(pattern: str | None, as_json: bool, check: bool) -> None:
+    """List the installed variants whose name matches PATTERN, as in 'ia3*'."""
+    found = list_variants(pattern, check=check)
+    click.echo(json.dumps(found.to_dicts(), indent=2) if as_json else repr(found))
+    if check and any(info.state != "ok" for info in found):
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("subject", metavar="FILE|VARIANT")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(subject: str, as_json: bool) -> None:
+    """Show what an adapter file holds, or what a variant is and how it is configured."""
+    if Path(subject).suffix or Path(subject).is_file():
+        file = inspect_file(subject)
+        click.echo(json.dumps(file.to_dict(), indent=2) if as_json else str(file))
+        return
+    found = [info for info in list_variants() if info.name == subject]
+    if not found:
+        names = [info.name for info in list_variants()]
+        raise UnknownVariant(
+            f"'{subject}' is neither a file nor an installed variant{did_you_mean(subject, names)}\n"
+            f"  variants: {', '.join(names)}; adapter files end in .safetensors"
+        )
+    for info in found:
+        about = describe(info)
+        click.echo(json.dumps(about, indent=2) if as_json else _page(about))
+
+
+@main.command()
+@click.argument("name", metavar="VARIANT")
+@click.option("--set", "pairs", multiple=True, metavar="FIELD=VALUE", help="A config field, as in --set block_size=8.")
+@click.option("--only", multiple=True, metavar="CHECK", help="Run this check alone; may be repeated.")
+@click.option("--expect", multiple=True, metavar="CHECK", help="A check that is known to fail, and must.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> None:
+    """Check that VARIANT keeps every promise of the library (the conformance kit). r is 4 unless it is set."""
+    from ..contract.config import RankConfig
+    from ..contract.errors import ConfigError
+    from ..discovery.registry import get_variant
+    from ..testing import run_checks
+    from ..testing.runner import CHECKS, tensors_of
+
+    Config = get_variant(name).Config
+    rank: dict[str, Any] = {"r": 4} if issubclass(Config, RankConfig) else {}
+    given = {**rank, **config_fields(pairs)}
+    try:
+        cfg = Config(**given)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # of a check that the author has written
+        spelled = ", ".join(f"{field}={value!r}" for field, value in given.items())
+        raise click.ClickException(f"{Config.__name__}({spelled}): {error}") from error
+    results = run_checks(cfg, only=only, expected_failures=dict.fromkeys(expect, "--expect"))
+    if as_json:
+        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
+    else:
+        width = max(len(result.name) for result in results)
+        for result in results:
+            click.echo(f"{result.name:{width}}  {result.outcome:19}  {result.seconds:5.1f} s")
+        failed = [result for result in results if not result.ok]
+        for result in failed:
+            click.echo(f"\n{result.name}: {result.message or 'passes, although it is expected to fail'}")
+        if results[0].ok:
+            click.echo("\n" + "\n".join(tensors_of(cfg)))
+        waiting = f", {len(CHECKS) - len(results)} not tried" if len(results) < len(CHECKS) and not only else ""
+        click.echo(f"\n{name}: {len(results) - len(failed)} of {len(results)} promises kept{waiting}")
+    if not all(result.ok for result in results):
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name")
+@click.option(
+    "--folder", default=".", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Parent folder."
+)
+@click.option("--author", default="Your Name", show_default=True, help="For the licence, the citation and pip.")
+@click.option("--from", "like", metavar="VARIANT", help="Start from a copy of this variant instead of a gained LoRA.")
+def new(name: str, folder: Path, author: str, like: str | None) -> None:
+    """Write a complete package lora-lite-NAME with a working variant, its tests and README, to start from."""
+    from .scaffold import new_package
+
+    try:
+        made = new_package(name, folder, author, like)
+    except FileExistsError as error:
+        raise click.ClickException(str(error)) from error
+    for path in sorted(path for path in made.rglob("*") if path.is_file()):
+        click.echo(path)
+    click.echo(f"\nnext: cd {made}; pip install -e '.[test]'; pytest")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--base", required=True, help="Folder or name of the base model, as transformers loads it.")
+@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--rank", type=click.IntRange(1), help="Of the LoRA.  [default: the smallest that keeps --tol]")
+@click.option("--tol", default=1e-5, show_default=True, help="Largest relative error of a layer's change.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the factors: float32, float16, bfloat16.")
+@click.option("--own-form", is_flag=True, help="PEFT's own format of the method (DoRA, IA3, HRA …), not a LoRA.")
+def export(file: Path, base: str, directory: Path, rank: int | None, tol: float, dtype: str, own_form: bool) -> None:
+    """Write the adapter in FILE as a folder that PEFT, transformers, vLLM, SGLang and llama.cpp load."""
+    from ..files.load import load
+    from ..files.peft.as_lora import export_lora, load_base
+    from ..files.peft.exporting import export_peft
+
+    if own_form and (rank is not None or (tol, dtype) != (1e-5, "float32")):
+        raise click.UsageError("--rank, --tol and --dtype are for a LoRA; leave them out with --own-form")
+    model = load_base(base)
+    load(model, file, trainable=False)
+    if own_form:
+        export_peft(model, directory)
+        click.echo(f"written: {directory}")
+    else:
+        click.echo(export_lora(model, directory, tol=tol, rank=rank, dtype=dtype))
+
+
+def config_fields(pairs: Iterable[str]) -> dict[str, Any]:
+    """`r=4`, `layers=[0, 1]`, `rotate_basis=both` as config fields; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} is not FIELD=VALUE, as in --set r=16")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _page(about: dict[str, Any]) -> str:
+    lines = [f"{about['name']}: {about['distribution']} {about['version']}, module {about['module']}, {about['state']}"]
+    lines += [about["detail"]] if about["detail"] else []
+    lines += ["", about["doc"], "", f"hooks: {', '.join(about['hooks'])}", f"config: {about['config']}"]
+    lines += [f"    {name} = {value}" for name, value in about["fields"].items()]
+    return "\n".join(lines)

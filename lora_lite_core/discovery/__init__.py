@@ -1,0 +1,1 @@
+"""Which variants there are: lookup by name, registration, the listing. Imports neither torch nor a plugin."""

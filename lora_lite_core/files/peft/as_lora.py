@@ -1,0 +1,158 @@
+"""Any affine adapter as a plain LoRA in PEFT's directory format, which inference servers read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attached.model_checks import check_not_sharded
+from ...attached.records import check_outside, record_of
+from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
+from ...weights.affine_map import adapted_map, entries_on
+from .folder import dtype_of, layout_fields, refuse_whole_modules, write_directory
+
+SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
+
+
+@dataclass
+class LoRAExport:
+    """What `export_lora` has written: the rank of all layers, and each layer's relative error of the change ΔW."""
+
+    directory: Path
+    rank: int
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"<LoRAExport: rank {self.rank}, {len(self.errors)} layers in {self.directory}, "
+            f"relative error of ΔW at most {self.errors[worst]:.1e} ({worst})>"
+        )
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    tol: float = 1e-5,
+    rank: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> LoRAExport:
+    """Write the adapter as a LoRA that PEFT, transformers, vLLM, SGLang and llama.cpp load.
+
+    directory  a folder; its parent must exist. adapter_config.json and adapter_model.safetensors are written into it
+    tol        largest relative error ‖ΔW − B A‖ / ‖ΔW‖ of a layer; the smallest rank that keeps it is chosen
+    rank       this rank instead, whatever the error (it is reported)
+    dtype      of the factors: float32, float16 or bfloat16
+
+    ΔW is what the adapter adds to the layer's weight, found by probing, in float64. All layers get one rank, smaller
+    ones are padded with zeros; the scale is folded in (lora_alpha = r). The model is not changed. Raises MergeError
+    when the change is not affine, shifts the bias, or has full rank while no rank is given (with the error of some).
+    """
+    if rank is not None and (isinstance(rank, bool) or rank < 1):
+        raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
+    cast = dtype_of(dtype)
+    record = record_of(model, name)
+    check_not_sharded(model, "export from a model that is not sharded")
+    check_outside(model)
+    refuse_whole_modules(record)
+    fields = layout_fields(model, record.targets)
+    parts = {path: _change(model, path, name, tol) for path in record.targets}
+    size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
+    if rank is None:
+        own = {path: getattr(target.cfg, "r", 0) for path, target in record.targets.items()}
+        _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
+    tensors: dict[str, Tensor] = {}
+    result = LoRAExport(Path(directory), size)
+    for path, (U, S, Vh) in parts.items():
+        root = S[:size].sqrt()
+        A, B = (root[:, None] * Vh[:size]).to(cast), (U[:, :size] * root).to(cast)
+        off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
+        result.errors[path] = float(off / S.norm()) if S.any() else 0.0
+        pad = size - len(A)
+        tensors[f"{path}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, pad))
+        tensors[f"{path}.lora_B.weight"] = nn.functional.pad(B, (0, pad))
+    fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
+    write_directory(directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
+    return result
+
+
+def load_base(base: str) -> nn.Module:
+    """A model of the architecture that its config names, by transformers; ModelStateError where that cannot be."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelStateError("loading a base model takes transformers; type: pip install transformers") from error
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(base)
+        kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        model, report = kind.from_pretrained(base, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelStateError(f"--base {base} cannot be loaded by transformers: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelStateError(f"--base {base} lacks {listed(missing, 4)}, which would be random; give the whole model")
+    return model
+
+
+@torch.no_grad()
+def _change(model: nn.Module, path: str, name: str, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ΔW of a layer as U S Vh, complete up to a tenth of tol."""
+    layer = model.get_submodule(path)
+    found = adapted_map(path, layer, entries_on(path, layer, [name]))
+    shift, delta = found.bias - found.base_bias, found.weight - found.base_weight
+    if float(shift.norm()) > 1e-6 * float(found.base_bias.norm() + delta.norm()):
+        raise MergeError(
+            f"'{name}' shifts the bias of {path}, which a LoRA cannot; "
+            "merge(model) instead, or leave layers with a bias out"
+        )
+    return _factors(delta, tol)
+
+
+def _factors(delta: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A singular value decomposition that stops when what is left is small: changes are mostly of low rank."""
+    size, count = torch.linalg.matrix_norm(delta), 32
+    generator = torch.Generator().manual_seed(0)
+    while 4 * count <= min(delta.shape):
+        draws = torch.randn(delta.shape[1], count, generator=generator, dtype=delta.dtype).to(delta.device)
+        Q = torch.linalg.qr(delta @ (delta.T @ torch.linalg.qr(delta @ draws).Q)).Q
+        inner = Q.T @ delta
+        if torch.linalg.matrix_norm(delta - Q @ inner) <= 0.1 * tol * size:
+            U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
+            return Q @ U, S, Vh
+        count *= 4
+    return torch.linalg.svd(delta, full_matrices=False)
+
+
+def _left(S: Tensor) -> Tensor:
+    """The relative error of each rank from 0 on."""
+    squares = S.square().flip(0).cumsum(0).flip(0)
+    return torch.cat([squares, squares.new_zeros(1)]).sqrt() / S.norm().clamp_min(1e-300)
+
+
+def _needed(S: Tensor, tol: float) -> int:
+    return int((_left(S) > tol).sum())
+
+
+def _check_low(parts: dict[str, tuple[Tensor, Tensor, Tensor]], own: dict[str, int], tol: float, who: str) -> None:
+    """Refuse what would be larger than the weights themselves, unless it is the rank that the layer was given."""
+    for path, (U, S, Vh) in parts.items():
+        size = _needed(S, tol)
+        if size > own[path] and size * (len(U) + Vh.shape[1]) > len(U) * Vh.shape[1]:
+            most = min(len(U), Vh.shape[1])
+            curves = [_left(S) for _, S, _ in parts.values()]
+            table = ", ".join(
+                f"{r}: {max(float(left[min(r, len(left) - 1)]) for left in curves):.1g}"
+                for r in SHOWN_RANKS
+                if r < most
+            )
+            raise MergeError(
+                f"the change that {who} makes needs rank {size} ({path} is {len(U)} × {Vh.shape[1]})\n"
+                f"  relative error of the worst layer by rank: {table}\n"
+                "  give export_lora(…, rank=…) to accept one of these, or merge(model) and save the model"
+            )

@@ -1,0 +1,69 @@
+"""An adapter in the format that PEFT itself has for the method. A method's module tells how it maps: to_peft."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attached.model_checks import check_not_sharded
+from ...attached.records import check_outside, record_of
+from ...attached.whole_modules import current, trained_paths
+from ...contract.errors import MergeError
+from ...weights.affine_map import check_entry, entries_on
+from .folder import check_endings, layout_fields, write_directory
+
+TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
+
+
+def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> None:
+    """Write the adapter in the format that PEFT itself has for the method (DoRA, IA3, HRA, OFT …), for PEFT to load.
+
+    The model is not changed; the folder's parent must exist. Raises MergeError where PEFT has no such method or not
+    this form of it (`export_lora` writes any low-rank adapter as a LoRA), and AdapterNameError.
+    """
+    record = record_of(model, name)
+    if record.variant.to_peft is None:
+        raise MergeError(
+            f"variant '{record.variant.name}' has no form of its own in PEFT; export_lora writes a low-rank change as "
+            "a LoRA, merge(model) writes any into the weights"
+        )
+    check_not_sharded(model, "export from a model that is not sharded")
+    check_outside(model)
+    layout = layout_fields(model, record.targets)
+    fields: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, target in record.targets.items():
+        layer = model.get_submodule(path)
+        (entry,) = entries_on(path, layer, [name])
+        check_entry(path, entry, layer)
+        params = {bare: tensor.detach() for bare, tensor in entry.params(layer).items()}
+        with torch.no_grad():
+            fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": layer})
+        tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
+    config = {**layout, **_joined(fields, layout["target_modules"])}
+    if whole := trained_paths(model, record.cfg):
+        config["modules_to_save"] = whole
+        check_endings(model, whole, "modules_to_save")
+        tensors |= current(model, record.originals)
+    write_directory(directory, model, config, tensors)
+
+
+def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict[str, Any]:
+    """One config of the modules' own: the commonest rank and alpha, the others as patterns."""
+    first = dict(next(iter(fields.values())))
+    for key, pattern in PATTERNS.items():
+        if pattern in first:
+            first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
+            first[pattern] = {f"^{re.escape(path)}": own[key] for path, own in fields.items() if own[key] != first[key]}
+    free = {key for key, pattern in PATTERNS.items() if pattern in first}
+    for path, own in fields.items():
+        if differing := [key for key in own if key not in (*free, *PATTERNS.values()) and own[key] != first[key]]:
+            raise MergeError(f"{path} has {differing[0]}={own[differing[0]]!r}, and PEFT has one for all modules")
+    return {key: targets if value == TARGETS else value for key, value in first.items()}

@@ -1,0 +1,90 @@
+"""save: one adapter into one file, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from importlib_metadata import version
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..attached.model_checks import check_not_sharded
+from ..attached.records import Record, check_outside, record_of
+from ..attached.whole_modules import current
+from ..contract.config import overrides
+from ..contract.errors import (
+    AdapterFileError,
+    ModelStateError,
+)
+from .format import FORMAT, FORMAT_VERSION
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
+    """Write the adapter called `name` to `path`, a .safetensors file; the base model's weights are not in it.
+
+    The file appears whole or not at all. Raises AdapterNameError, ModelStateError (no values yet) or AdapterFileError.
+    """
+    record = record_of(model, name)
+    if not record.ready:
+        raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
+    if record.originals:
+        check_outside(model)  # the trained modules are not in their place there
+    check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
+    path = Path(path).resolve()  # a link stays a link
+    if path.suffix != ".safetensors":
+        raise AdapterFileError(
+            f"adapters are saved as .safetensors, not '{path.name}'; "
+            f"type save(model, '{path.with_suffix('.safetensors')}')"
+        )
+    if not path.parent.is_dir():
+        raise AdapterFileError(f"folder {path.parent} does not exist; make it first")
+    tensors = {
+        f"{layer_name}.{bare}": getattr(model.get_submodule(layer_name), target.attributes[bare])
+        for layer_name, target in record.targets.items()
+        for bare in target.saved
+    } | current(model, record.originals)
+    # A copy each: safetensors refuses tensors that share storage or are not contiguous.
+    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    _write(path, copies, _metadata(record))
+
+
+def _metadata(record: Record) -> dict[str, str]:
+    targets = {
+        name: {
+            "d_in": target.d_in,
+            "d_out": target.d_out,
+            "storage": target.storage,
+            "overrides": overrides(record.cfg, target.cfg),
+            "fingerprint": target.fingerprint,
+        }
+        for name, target in record.targets.items()
+    }
+    adapter = {
+        "variant": record.variant.name,
+        "config": record.cfg.to_dict(),
+        "targets": targets,
+        "seed": record.seed,
+        "core_version": version("lora-lite-core"),
+        "plugin": {"distribution": record.variant.distribution, "version": record.variant.version},
+    }
+    return {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": json.dumps(adapter)}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Beside the target first, synced, then renamed: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files are for their owner alone
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

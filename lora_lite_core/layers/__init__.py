@@ -1,0 +1,1 @@
+"""Base layers: kinds and sizes, reading a weight, its sketch, 4-bit packing. Knows nothing of adapters."""

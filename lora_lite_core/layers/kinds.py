@@ -1,0 +1,84 @@
+"""What the core knows about a base layer: its sizes, its frozen forward, its dense weight, and a sketch of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+
+def layer_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear-like layer, None for any other module.
+
+    Read from in_features/out_features, or nx/nf (Hugging Face Conv1D); never from the shape of a weight, which
+    quantised layers pack.
+    """
+    for first, second in (("in_features", "out_features"), ("nx", "nf")):
+        d_in, d_out = getattr(layer, first, None), getattr(layer, second, None)
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return d_in, d_out
+    return None
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight is."""
+    return next((t.device for t in _tensors(layer)), torch.device("cpu"))
+
+
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of the layer's first floating-point tensor, float32 when it has none (packed quantised weights)."""
+    return next((t.dtype for t in _tensors(layer) if t.dtype in _FLOATS), torch.float32)
+
+
+def input_name(layer: nn.Module) -> str:
+    """How the layer's forward calls its input, for callers that write layer(input=x)."""
+    return _after_self(type(layer).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _after_self(forward: Callable[..., object]) -> str:
+    return [*inspect.signature(forward).parameters, "input", "input"][1]
+
+
+def storage_of(layer: nn.Module) -> str:
+    """How the layer keeps its weight: "dense" for floating point, "bnb-nf4", "bnb-int8" …, else the class of the weight
+    (torchao, quanto) or of the layer."""
+    kind = type(layer).__name__
+    weight = getattr(layer, "weight", None)
+    if kind == "Linear4bit":
+        return f"bnb-{getattr(weight, 'quant_type', '4bit')}"
+    if kind == "Linear8bitLt":
+        return "bnb-int8"
+    if type(weight) is nn.Parameter and weight.dtype in _FLOATS:
+        return "dense"
+    return kind if type(weight) in (nn.Parameter, Tensor, type(None)) else type(weight).__name__
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is not None and not name.startswith("lora_"):  # an adapter's, not the layer's
+            yield tensor
+    yield from (value for value in vars(layer).values() if isinstance(value, Tensor))  # HQQ keeps W_q as an attribute
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """An nn.Linear whose weight is what it looks like; subclasses of either may store it in another way."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Hugging Face's Conv1D: a plain weight, transposed."""
+    return type(layer).__name__ == "Conv1D" and type(getattr(layer, "weight", None)) is nn.Parameter
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    sizes = layer_sizes(layer)
+    assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
+    return sizes

@@ -1,0 +1,43 @@
+"""A sketch of a layer's weight, which recognises it again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .kinds import is_conv1d, is_plain, layer_device, sizes_of
+from .weight import _probe_dtype, _probing, base_forward
+
+SKETCH_SIZE = 16  # projections of a sketch
+
+
+def sketch(layer: nn.Module) -> Tensor:
+    """Sixteen fixed cosine projections uₖᵀ W vₖ (‖uₖ‖ = ‖vₖ‖ = 1) and the RMS of W as probed by them: (17,) float32.
+
+    It recognises a weight: it survives rounding to bfloat16 and float16, and tells other weights, permutations, sign
+    flips and a 1 % fine-tune apart. Quantised and other special layers are run on the sixteen rows, not unpacked.
+    """
+    d_in, d_out = sizes_of(layer)
+    device = layer_device(layer)
+    rows = _cosines(SKETCH_SIZE, d_in, (math.sqrt(5) - 1) / 2).to(device)
+    columns = _cosines(SKETCH_SIZE, d_out, math.sqrt(2) - 1).to(device)
+    weight = layer.weight.T if is_plain(layer) else layer.weight if is_conv1d(layer) else None
+    with _probing(layer):
+        if isinstance(weight, Tensor):
+            images = rows @ weight.detach().to(rows.dtype)
+        else:
+            dtype = _probe_dtype(layer)
+            at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
+            images = (base_forward(layer, rows.to(dtype)) - at_zero).to(rows.dtype)
+        projections = (images * columns).sum(-1)
+        return torch.cat([projections, images.square().mean().sqrt().reshape(1)]).float()
+
+
+def _cosines(count: int, size: int, ratio: float) -> Tensor:
+    """(count, size) unit rows cos(ωₖ(i + ½)), the ωₖ spread over (0, π) by multiples of an irrational ratio."""
+    frequencies = math.pi * torch.remainder(ratio * torch.arange(1, count + 1, dtype=torch.float64, device="cpu"), 1.0)
+    rows = torch.cos(frequencies[:, None] * (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5))
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    return rows.float()

@@ -1,0 +1,147 @@
+"""Promises about the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..attached.forward_hooks import state_of
+from .check import promise
+from .variant_under_test import Subject, close, must
+
+
+@promise("work on the last dimension only (F.linear, x @ A.T, x * g); do not unpack or assume x.shape")
+def check_any_leading_shape(s: Subject) -> None:
+    """Inputs may have any leading shape, be empty, or not be contiguous, and each row gets the same result."""
+    model, _ = s.trained()
+    with torch.no_grad():
+        x = s.x(4, 6)
+        expected = model(x)
+        close(model(x.reshape(2, 2, 6, -1)).reshape(expected.shape), expected, 1e-5, "four dimensions")
+        close(model(x.reshape(24, -1)).reshape(expected.shape), expected, 1e-5, "two dimensions")
+        close(model(x[0, 0]), expected[0, 0], 1e-5, "one dimension")
+        must(model(x[:0]).shape == (0, *expected.shape[1:]), "an empty batch does not give an empty output")
+        close(model(x.transpose(0, 1)).transpose(0, 1), expected, 1e-5, "a transposed, non-contiguous input")
+
+
+@promise("compute each row from that row and the parameters: no mean over the batch, no choice by a value of x")
+def check_rows_are_independent(s: Subject) -> None:
+    """What a token gets does not depend on the tokens beside it."""
+    model, _ = s.trained()
+    with torch.no_grad():
+        x, other = s.x(3, 5), 30 * s.x(3, 5, seed=1) + 10
+        close(model(torch.cat([x, other]))[:3], model(x), 1e-4, "rows beside larger ones")
+        alone = torch.cat([model(row[None]) for row in x])
+        close(alone, model(x), 1e-5, "rows one at a time")
+
+
+@promise("draw nothing and count nothing in forward: all randomness belongs into init")
+def check_forward_is_repeatable(s: Subject) -> None:
+    """The same input gives the same output twice, in train and in eval mode, and forward writes no adapter tensor."""
+    model, adapter = s.trained()
+    tensors = {name: t.detach().clone() for name, t in adapter.named_tensors()}
+    with torch.no_grad():
+        first = model.train()(s.x())
+        close(model(s.x()), first, 0, "a second forward")
+        close(model.eval()(s.x()), first, 0, "eval mode")
+    for name, tensor in adapter.named_tensors():
+        close(tensor.detach(), tensors[name], 0, f"{name} after forward")
+
+
+@promise("do not write into x or y (no x += …, no y.mul_()): return a new tensor")
+def check_inputs_are_not_written(s: Subject) -> None:
+    """forward and forward_input leave the tensors they are given as they were."""
+    model, adapter = s.trained()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name in adapter.targets:
+        layer = model.get_submodule(name)
+        state = state_of(layer)
+        assert state is not None, f"{name} carries no adapter"
+        entry = state.entries[0]
+        x = s.x(4) if layer is not model.down else torch.randn(4, s.sizes[1])
+        with torch.no_grad():
+            y = layer.forward(x)
+            kept = [(x, x.clone()), (y, y.clone())]
+            given = {"x": x, "y": y, "params": entry.params(layer), "cfg": entry.cfg, "layer": layer}
+            for hook in (entry.variant.forward_input, entry.variant.forward):
+                if hook is not None:
+                    hook(given)
+        for tensor, before in kept:
+            close(tensor, before, 0, f"the {'output' if tensor is y else 'input'} of {name} after the hook")
+
+
+@promise("end with .to(y.dtype), and cast parameters to x.dtype for large products")
+def check_low_precision(s: Subject) -> None:
+    """In bfloat16, float16 and under autocast the output has the frozen layer's dtype and is near float32's."""
+    model, adapter = s.trained()
+    reference = model(s.x()).detach()
+    values = {name: tensor.detach().clone() for name, tensor in adapter.named_tensors()}
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        low = s.model(dtype)
+        for name, tensor in s.attach(low).named_tensors():
+            tensor.data.copy_(values[name])
+        with torch.no_grad():
+            got = low(s.x(dtype=dtype))
+        must(got.dtype == dtype, f"{got.dtype} from a {dtype} model")
+        close(got.float(), reference, tolerance, f"the output in {dtype}")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = s.x()
+        expected = nn.functional.linear(x, model.up.weight).dtype
+        must(model.up(x).dtype == expected, f"{model.up(x).dtype} under autocast, where the layer gives {expected}")
+        model(x).float().square().mean().backward()
+    must(all(p.grad is not None for p in adapter.parameters()), "a parameter has no gradient under autocast")
+
+
+@promise("read tensors from `params` at every call; keep none in a closure, a global, or on the layer")
+def check_parameters_are_read_at_each_call(s: Subject) -> None:
+    """When other tensors are put in the parameters' place, as sharding does, the next forward uses them."""
+    model, adapter = s.trained()
+    with torch.no_grad():
+        adapted = model(s.x())
+        swapped, expected = s.model(), s.model()
+        for one in (swapped, expected):
+            s.attach(one)
+        swapped(s.x())
+        for name, tensor in adapter.named_tensors():
+            layer_name, _, bare = name.rpartition(".")
+            layer = swapped.get_submodule(layer_name)
+            if isinstance(tensor, nn.Parameter):
+                setattr(layer, bare, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+            else:
+                setattr(layer, bare, tensor.detach().clone())
+        close(swapped(s.x()), adapted, 1e-6, "the output after a swap")
+
+
+@promise(
+    "use tensor operations only: no .item(), no `if` on values, no Python objects made per call that torch cannot trace"
+)
+def check_compiles_without_a_break(s: Subject) -> None:
+    """torch.compile(fullgraph=True) traces the adapted model, and it computes the same."""
+    model, _ = s.trained()
+    expected = model(s.x()).detach()
+    torch.compiler.reset()
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(compiled(s.x()).detach(), expected, 1e-5, "the compiled output")
+    finally:
+        torch.compiler.reset()
+
+
+@promise(
+    "declare AFFINE = False in the module, or take the nonlinearity out: merging and exporting need affine variants"
+)
+def check_affine_as_declared(s: Subject) -> None:
+    """f(a) + f(b) − f(0) = f(a + b) on one layer, unless AFFINE = False says that it is not so."""
+    model, _ = s.trained(torch.float64)
+    layer: nn.Module = model.mix
+    worst = 0.0
+    with torch.no_grad():
+        for size in (1e-2, 1.0, 1e2):
+            a, b = (size * s.x(8, dtype=torch.float64, seed=seed) for seed in (1, 2))
+            parts = [layer(a), layer(b), layer(torch.zeros_like(a)), layer(a + b)]
+            rest = parts[0] + parts[1] - parts[2] - parts[3]
+            worst = max(worst, float(rest.norm() / sum(part.norm() for part in parts)))
+    if s.variant.affine:
+        must(worst < 1e-10, f"relative deviation {worst:.1e} from affine")
+    else:
+        must(worst > 1e-10, "it is affine, so that AFFINE = False only keeps it from being merged")

@@ -1,0 +1,1 @@
+"""For authors and training scripts: low-rank arithmetic, SVDs, rotations, calibration, optimizer groups."""
