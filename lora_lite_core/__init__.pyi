@@ -19,7 +19,6 @@ from .attached.adapter import (
 )
 from .attached.coverage import Coverage as Coverage
 from .attached.coverage import coverage as coverage
-from .attached.placing import Target as Target
 from .contract.config import AdapterConfig as AdapterConfig
 from .contract.config import LowRankConfig as LowRankConfig
 from .contract.config import RankConfig as RankConfig
@@ -68,6 +67,7 @@ from .contract.errors import (
 from .contract.hookspecs import CONTRACT_VERSION as CONTRACT_VERSION
 from .contract.hookspecs import hookimpl as hookimpl
 from .contract.param_spec import ParamSpec as ParamSpec
+from .contract.target import Target as Target
 from .discovery.registry import (
     LoraLiteConfig as LoraLiteConfig,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core.files.base_check import sketch_distance
+from lora_lite_core.layers.weight_sketch import sketch_distance
 
 SIZES = ((64, 64), (128, 512), (512, 128), (768, 768), (1024, 256))
 

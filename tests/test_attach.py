@@ -180,11 +180,22 @@ def test_parameters_are_read_at_each_call() -> None:
 def test_same_seed_same_tensors_whatever_else_is_targeted() -> None:
     first, second, other = net(), net(seed=5), net()
     ll.attach(first, ll.LoRAConfig(r=2), seed=7)
-    ll.attach(second, ll.LoRAConfig(r=2, target_names="up_proj"), seed=7, name="alone")
+    ll.attach(second, ll.LoRAConfig(r=2, target_names="up_proj"), seed=7)
     ll.attach(other, ll.LoRAConfig(r=2), seed=8)
-    assert torch.equal(first.layers[1].up_proj.lora_A, second.layers[1].up_proj.lora_A__alone)
+    assert torch.equal(first.layers[1].up_proj.lora_A, second.layers[1].up_proj.lora_A)
     assert not torch.equal(first.layers[1].up_proj.lora_A, other.layers[1].up_proj.lora_A)
     assert not torch.equal(first.layers[1].up_proj.lora_A, first.layers[0].up_proj.lora_A)
+
+
+def test_the_name_of_the_adapter_is_in_the_seed() -> None:
+    model, again = net(), net()
+    for name in ("default", "style", "other"):
+        ll.attach(model, ll.LoRAConfig(r=2), name=name)
+    ll.attach(again, ll.LoRAConfig(r=2), name="style")
+    layer = model.layers[1].up_proj
+    assert not torch.equal(layer.lora_A, layer.lora_A__style)
+    assert not torch.equal(layer.lora_A__other, layer.lora_A__style)
+    assert torch.equal(again.layers[1].up_proj.lora_A__style, layer.lora_A__style)
 
 
 def test_global_random_state_is_not_used() -> None:
@@ -216,7 +227,7 @@ def test_ranks_and_alphas_per_target() -> None:
     )
     assert model.layers[0].self_attn.q_proj.lora_A.shape == (5, HIDDEN)
     assert model.layers[0].self_attn.v_proj.lora_A.shape == (2, HIDDEN)
-    scales = {name: target.cfg.scale for name, target in adapter.record.targets.items()}
+    scales = {name: target.cfg.scale for name, target in adapter.layers().items()}
     assert scales["layers.0.self_attn.q_proj"] == 4 / 5
     assert scales["layers.1.self_attn.q_proj"] == 2.0
     assert "r=2–5" in repr(adapter)
@@ -273,7 +284,7 @@ def test_group_init_may_reconfigure_and_drop(registered: Any, toy: SimpleNamespa
     loaded = ll.load(fresh, path)
     assert len(seen) == 1, "load must not run group_init"
     assert torch.equal(outputs(fresh), expected)
-    assert loaded.record.targets["layers.1.up_proj"].cfg.r == 5
+    assert loaded.layers()["layers.1.up_proj"].cfg.r == 5
 
 
 def test_targets_cannot_be_changed_afterwards(registered: Any, toy: SimpleNamespace) -> None:
@@ -665,8 +676,8 @@ def test_meta_then_initialize_equals_plain_attach(make: Any) -> None:
     for (name, ours), (same, theirs) in zip(adapter.named_tensors(), plain.named_tensors(), strict=True):
         assert name == same
         assert torch.equal(ours, theirs)
-    assert {n: t.fingerprint for n, t in adapter.record.targets.items()} == {
-        n: t.fingerprint for n, t in plain.record.targets.items()
+    assert {n: t.fingerprint for n, t in adapter.layers().items()} == {
+        n: t.fingerprint for n, t in plain.layers().items()
     }
     train(model, adapter)
     with pytest.raises(ll.ModelStateError, match="has its values already"):

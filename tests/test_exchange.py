@@ -47,7 +47,7 @@ def test_ours_are_opened_by_peft_and_come_back(name: str, tmp_path: Path) -> Non
     assert back.record.variant is adapter.record.variant
     assert back.targets == adapter.targets
     assert all(
-        back.record.targets[path].cfg.to_dict().get("r") == adapter.record.targets[path].cfg.to_dict().get("r")
+        back.layers()[path].cfg.to_dict().get("r") == adapter.layers()[path].cfg.to_dict().get("r")
         for path in back.targets
     )
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
@@ -277,7 +277,7 @@ def test_patterns_of_whole_names(tmp_path: Path) -> None:
     ll.export_peft(model, tmp_path / "out")
     ll.detach(model)
     back = ll.import_peft(model, tmp_path / "out")
-    assert {path: target.cfg.alpha for path, target in back.record.targets.items()} == {
+    assert {path: target.cfg.alpha for path, target in back.layers().items()} == {
         "proj": 8.0,
         "enc.proj": 2,
         "mid": 2,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.files.base_check import ACROSS_STORAGES, SAME_STORAGE, sketch_distance
 from lora_lite_core.layers.kinds import layer_sizes, storage_of
+from lora_lite_core.layers.weight_sketch import ACROSS_STORAGES, SAME_STORAGE, sketch_distance
 
 from .measure_sketch import measure
 

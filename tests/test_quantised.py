@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.files.base_check import SAME_STORAGE, sketch_distance
+from lora_lite_core.layers.weight_sketch import SAME_STORAGE, sketch_distance
 
 from .models import weights_hash
 from .test_variants import VARIANTS, config

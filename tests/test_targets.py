@@ -15,7 +15,9 @@ from .models import HIDDEN, LINEAR_LAYERS, net, snapshot
 
 
 def names(model: nn.Module, **fields: Any) -> list[str]:
-    return [target.name for target in find_targets(model, ll.LoRAConfig(r=2, **fields))]
+    return [
+        target.name for target in find_targets(model, ll.LoRAConfig(r=2, **fields), ll.get_variant("lora"), "default")
+    ]
 
 
 def refusal(error: type[ll.LoraLiteError], model: nn.Module, **fields: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +13,10 @@ from torch import nn
 
 from ..contract.config import AdapterConfig, RankConfig
 from ..contract.errors import CalibrationError, ModelStateError
+from ..contract.target import Target
 from ..contract.text import count
-from ..layers.four_bit_packing import let_pack
 from ..layers.kinds import layer_device
-from .coverage import check_reached
-from .forward_hooks import state_of
+from .base_check import Reaction, check_reaction, refresh
 from .model_checks import (
     check_attachable,
     check_behaviour,
@@ -23,23 +24,23 @@ from .model_checks import (
     check_has_weights,
     check_not_sharded,
     check_seed,
+    check_takes_parameters,
     variant_of,
 )
-from .placing import found_again, install, making_room
+from .placing import install, switch_off, switch_on, uninstall
 from .records import (
-    RECORDS,
     Record,
     check_name,
     check_one_owner,
     check_outside,
-    forget,
-    inside,
     names_of,
+    present_targets,
     record_of,
     records_of,
+    targets_of,
 )
 from .targeting import find_targets
-from .whole_modules import current, swap
+from .whole_modules import check_trainable, current, tensors_in, trained_copies, trained_paths
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -65,15 +66,19 @@ class Adapter:
     @property
     def targets(self) -> tuple[str, ...]:
         """The dotted names of the layers it is on."""
-        return tuple(self.record.targets)
+        return self.record.layers
+
+    def layers(self) -> Mapping[str, Target]:
+        """What `group_init` sees of each layer, by name: its config, sizes and `params`; read-only. Raises
+        ModelStateError when a layer was removed or replaced since."""
+        return MappingProxyType(targets_of(self.model, self.name))
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then those of whole modules."""
-        for layer_name, target in self.record.targets.items():
-            layer = self.model.get_submodule(layer_name)
-            for bare, attribute in target.attributes.items():
-                yield f"{layer_name}.{bare}", getattr(layer, attribute)
-        yield from current(self.model, self.record.originals).items()
+        for layer_name, target in self.layers().items():
+            for bare, tensor in target.params_on(target.layer).items():
+                yield f"{layer_name}.{bare}", tensor
+        yield from current(self.model, self.record).items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to train, for an optimizer."""
@@ -91,15 +96,27 @@ class Adapter:
                 f"adapter '{self.name}' has its values already; initialize() is for one attached on meta"
             )
         check_attachable(self.model)
+        check_takes_parameters(self.model)
         check_calibration(record.variant, calibration_data)
-        found = found_again(self.model, record)
-        check_has_weights(found)
-        check_behaviour(found)
-        with making_room(self.model, self.name, record.variant):
-            install(
-                self.model, record.variant, record.cfg, self.name, record.seed, found, calibration_data=calibration_data
-            )
+        waiting = targets_of(self.model, self.name).values()
+        check_has_weights(waiting)
+        check_behaviour(waiting)
+        targets = [replace(target, attributes={}, saved=()) for target in waiting]
+        install(self.model, self.name, replace(record, ready=True), targets, calibration_data=calibration_data)
         return self
+
+    def refresh(self, *, on_base_mismatch: Reaction = "error") -> Sequence[str]:
+        """Take again what the adapter has from its base, when the base's weights were changed under it: tensors that
+        are not saved but computed from the weight (row norms), and fingerprints. Returns the layers that had changed.
+
+        A variant whose frozen tensors were made of the old weights (singular vectors) does not fit a new base: raises
+        BaseMismatch, or warns and goes on with on_base_mismatch="warn" ("ignore"). What is trained is not touched.
+        """
+        check_reaction(on_base_mismatch)
+        if not self.record.ready:
+            raise ModelStateError(f"adapter '{self.name}' has no values yet; call initialize() first")
+        check_outside(self.model, "merged")
+        return refresh(self.model, self.name, on_base_mismatch)
 
     def save(self, path: str | PathLike[str]) -> None:
         """`save(model, path, name=…)` of this adapter."""
@@ -114,13 +131,17 @@ class Adapter:
     def __repr__(self) -> str:
         if self.name not in records_of(self.model).adapters:
             return f"<Adapter '{self.name}': detached>"
-        record = self.record
-        trained = sum(p.numel() for p in self.parameters())
+        record, present = self.record, present_targets(self.model, self.name)
+        targets = [target for target in present.values() if target is not None]
+        gone = f", {len(present) - len(targets)} of them replaced since" if len(targets) < len(present) else ""
+        tensors = [t for target in targets for t in target.params_on(target.layer).values()]
+        tensors += [] if gone else current(self.model, record).values()
+        trained = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        ranks = sorted({target.cfg.r for target in record.targets.values() if isinstance(target.cfg, RankConfig)})
+        ranks = sorted({target.cfg.r for target in targets if isinstance(target.cfg, RankConfig)})
         rank = f", r={'–'.join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))}" if ranks else ""
         return (
-            f"<Adapter '{self.name}': {record.variant.name}{rank}, {count(len(record.targets), 'layer')}, "
+            f"<Adapter '{self.name}': {record.variant.name}{rank}, {count(len(present), 'layer')}{gone}, "
             f"{count(trained, 'trainable parameter')} ({trained / max(total, 1):.2%})>"
         )
 
@@ -140,52 +161,51 @@ def attach(
     cfg               a variant's config, as LoRAConfig(r=8, target_names=("q_proj", "v_proj"))
     name              an identifier without "__"; several adapters may sit on one model
     calibration_data  batches for variants that look at activations, a list or DataLoader (read more than once)
-    seed              of every random tensor, together with the layer's name
+    seed              of every random tensor, together with the names of the layer and of the adapter
     check_inputs      a batch (dict, tuple or tensor): raise TargetError when a run on it does not call every target
 
-    The base weights are not written; the adapted model computes exactly what the base does. On a model on the meta
-    device the values wait for `Adapter.initialize()`. Either all of it happens or none. Raises TargetError,
-    UnsupportedLayer, AdapterNameError, ConfigError, CalibrationError, ModelStateError, BrokenPlugin.
+    The base weights are not written; the adapted model computes exactly what the frozen base does. The first adapter
+    freezes all parameters of `model` (what is outside of it keeps its flags); what is turned on again later stays on.
+    On a model on the meta device the values wait for `Adapter.initialize()`. Either all of it happens or none.
+
+    Raises TargetError, UnsupportedLayer, AdapterNameError, ConfigError, CalibrationError, ModelStateError or
+    BrokenPlugin.
     """
     variant = variant_of(cfg)
     check_attachable(model)
+    check_takes_parameters(model)
     check_one_owner(model)
     check_name(model, name)
     check_seed(seed)
-    found = find_targets(model, cfg)
+    targets = find_targets(model, cfg, variant, name)
+    whole = tensors_in(model, trained_paths(model, cfg))
+    check_trainable(model, whole)
     check_calibration(variant, calibration_data)
-    check_behaviour(found)
+    check_behaviour(targets)
     if check_inputs is not None:
-        check_reached(model, {target.name: target.layer for target in found}, check_inputs)
-    on_meta = any(layer_device(target.layer).type == "meta" for target in found)
+        from .coverage import check_reached
+
+        check_reached(model, {target.name: target.layer for target in targets}, check_inputs)
+    on_meta = any(layer_device(target.layer).type == "meta" for target in targets)
     if on_meta and calibration_data is not None:
         raise CalibrationError(
             "the model is on the meta device and cannot be calibrated yet; "
             "give the data to adapter.initialize(calibration_data=…) once its weights are there"
         )
-    install(model, variant, cfg, name, seed, found, calibration_data=calibration_data, deferred=on_meta)
+    record = Record(variant, cfg, seed, ready=not on_meta, whole=trained_copies(whole))
+    install(model, name, record, targets, calibration_data=calibration_data)
     return Adapter(model, name)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all of them (None). The last one turns the parameters that `attach` froze on again.
 
-    Raises AdapterNameError when there is none.
+    Either all of it happens or none. Raises AdapterNameError when there is none.
     """
     names = names_of(model, name)
     check_outside(model)
     check_not_sharded(model, "switch adapters off with disabled(model); a sharded model cannot lose its tensors")
-    for one in names:
-        forget(model, one)
-    records = records_of(model)
-    if records.adapters:
-        return
-    parameters = dict(model.named_parameters())
-    for parameter_name in records.frozen:
-        if parameter_name in parameters:
-            parameters[parameter_name].requires_grad_(True)
-    let_pack(model, records.unpacked)
-    model.__dict__.pop(RECORDS, None)
+    uninstall(model, names)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -195,23 +215,22 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 @contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
-    """Inside, the model computes without one adapter, or without all of them (None).
+    """Inside, the model computes without one adapter, or without all of them (None); for the whole process, so that
+    other threads see it, too. Blocks may nest and overlap: an adapter runs again when the last of its blocks is left.
 
     Raises AdapterNameError when there is none.
     """
     names = names_of(model, name)
     check_outside(model, "merged")
-    layers = [model.get_submodule(layer) for one in names for layer in record_of(model, one).targets]
-    states = [state for state in (state_of(layer) for layer in layers) if state is not None]
-    changed = {id(e): e for state in states for e in state.entries if e.name in names and e.enabled}.values()
-    for entry in changed:
-        entry.enabled = False
-    trained = [swap(model, record_of(model, one).originals) for one in names]
+    block = object()
     try:
-        with inside(model, "disabled"):
+        try:
+            for one in names:
+                switch_off(model, one, block, "disabled")
             yield
+        finally:  # twice, so that an interrupt in the first is made good by the second
+            for one in names:
+                switch_on(model, one, block)
     finally:
-        for entry in changed:
-            entry.enabled = True
-        for tensors in trained:
-            swap(model, tensors)
+        for one in names:
+            switch_on(model, one, block)

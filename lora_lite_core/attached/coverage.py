@@ -56,7 +56,7 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
     layers count as silent that these inputs did not reach. Nothing of the model is changed.
     """
     adapters = records_of(model).adapters.values()
-    targets = dict.fromkeys(name for record in adapters for name in record.targets)
+    targets = dict.fromkeys(name for record in adapters for name in record.layers)
     linear = linear_layers(model)
     called = _called(model, linear, (args, inputs))
     sizes = {name: _size(layer) for name, layer in linear.items()}

@@ -11,35 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract.config import AdapterConfig
 from ..contract.errors import BrokenPlugin, ModelStateError, UnsupportedLayer
-from ..contract.variant import Hook, Variant
+from ..contract.target import Target
+from ..contract.variant import Hook
 from ..layers.kinds import input_name
 
 STATE = "_lora_lite"
 
 
-@dataclass
-class Entry:
-    """One adapter on one layer. `attributes` maps bare names to the layer's attributes (`lora_A` → `lora_A__style`)."""
-
-    name: str
-    variant: Variant
-    cfg: AdapterConfig
-    attributes: dict[str, str]
-    enabled: bool = True
-    ready: bool = True  # False from `attach` on the meta device until `initialize`
-
-    def params(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {bare: getattr(layer, attribute) for bare, attribute in self.attributes.items()}
-
-
-@dataclass
+@dataclass(frozen=True)
 class LayerState:
-    """All adapters of a layer in attach order, with the handles of its hooks."""
+    """All adapters of a layer in attach order, with the handles of its hooks. Replaced as a whole, never changed."""
 
     x_name: str  # how the layer's forward calls its input, for layer(input=x)
-    entries: list[Entry] = field(default_factory=list)
+    targets: tuple[Target, ...] = ()
     handles: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,47 +32,64 @@ def state_of(layer: nn.Module) -> LayerState | None:
     return layer.__dict__.get(STATE)
 
 
-def add_entry(layer: nn.Module, entry: Entry) -> None:
-    """Put an adapter on the layer, after those that are there."""
+def targets_on(layer: nn.Module) -> tuple[Target, ...]:
+    """The adapters of the layer, in attach order."""
     state = state_of(layer)
-    if state is None:
-        state = LayerState(input_name(layer))
-        setattr(layer, STATE, state)
-    state.entries.append(entry)
-    _refresh(layer, state)
+    return state.targets if state else ()
 
 
-def remove_entry(layer: nn.Module, name: str) -> None:
+def add_target(target: Target) -> None:
+    """Put an adapter on its layer, after those that are there."""
+    _set_targets(target.layer, (*targets_on(target.layer), target))
+
+
+def remove_target(layer: nn.Module, adapter: str) -> None:
     """Take an adapter off the layer; the last one takes hooks and state with it."""
+    if state_of(layer) is not None:
+        _set_targets(layer, tuple(target for target in targets_on(layer) if target.adapter != adapter))
+
+
+def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
+    """One pre-hook and one forward hook at most, and none that no adapter on the layer uses."""
     state = state_of(layer)
-    if state is None:
-        return
-    state.entries = [entry for entry in state.entries if entry.name != name]
-    _refresh(layer, state)
-    if not state.entries:
+    handles = dict(state.handles) if state else {}
+    if any(target.variant.forward_input for target in targets):
+        if "input" not in handles:
+            handles["input"] = layer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    elif "input" in handles:
+        handles.pop("input").remove()
+    if any(target.variant.forward for target in targets):
+        if "output" not in handles:
+            handles["output"] = layer.register_forward_hook(after_forward, with_kwargs=True)
+    elif "output" in handles:
+        handles.pop("output").remove()
+    if targets:
+        setattr(layer, STATE, LayerState(state.x_name if state else input_name(layer), targets, handles))
+    else:
         delattr(layer, STATE)
 
 
-def _refresh(layer: nn.Module, state: LayerState) -> None:
-    """One pre-hook and one forward hook at most, and none that no adapter on the layer uses."""
-    wanted = {
-        "input": any(entry.variant.forward_input for entry in state.entries),
-        "output": any(entry.variant.forward for entry in state.entries),
-    }
-    for side in [side for side in state.handles if not wanted[side]]:
-        state.handles.pop(side).remove()
-    if wanted["input"] and "input" not in state.handles:
-        state.handles["input"] = layer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    if wanted["output"] and "output" not in state.handles:
-        state.handles["output"] = layer.register_forward_hook(after_forward, with_kwargs=True)
+def hook_in_between(layer: nn.Module) -> str:
+    """The name of another hook whose effect lies between the frozen layer and ours, so that merged weights would not do
+    the same, or "". Input hooks before ours and output hooks after ours are outside of both."""
+    state = state_of(layer)
+    handles = state.handles if state else {}
+    for kind, held, later in (("input", layer._forward_pre_hooks, True), ("output", layer._forward_hooks, False)):
+        if kind not in handles:  # nothing of ours on this side: output hooks act on what the layer makes, merged or not
+            continue
+        keys = list(held)
+        at = keys.index(handles[kind].id)
+        for key in keys[at + 1 :] if later else keys[:at]:
+            return str(getattr(held[key], "__qualname__", type(held[key]).__name__))
+    return ""
 
 
 def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     state: LayerState = getattr(layer, STATE)
     x = args[0] if args else kwargs[state.x_name]
-    for entry in state.entries:
-        if entry.enabled and entry.variant.forward_input is not None:
-            x = _run(entry.variant.forward_input, "forward_input", layer, entry, x, None)
+    for target in state.targets:
+        if target.enabled and target.variant.forward_input is not None:
+            x = _run(target.variant.forward_input, "forward_input", layer, target, x, None)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, state.x_name: x})
 
 
@@ -99,21 +101,29 @@ def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"a {type(layer).__name__} returned a {type(y).__name__}, not a tensor, and cannot carry adapters; "
             "detach, then leave it out with exclude_names"
         )
-    for entry in state.entries:
-        if entry.enabled and entry.variant.forward is not None:
-            y = _run(entry.variant.forward, "forward", layer, entry, x, y)
+    for target in state.targets:
+        if target.enabled and target.variant.forward is not None:
+            y = _run(target.variant.forward, "forward", layer, target, x, y)
     return y
 
 
-def _run(hook: Hook, kind: str, layer: nn.Module, entry: Entry, x: Tensor, y: Tensor | None) -> Tensor:
-    if not entry.ready:
+def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: Tensor | None) -> Tensor:
+    params = target.params_on(layer)
+    if not target.ready:
         raise ModelStateError(
-            f"adapter '{entry.name}' was attached on the meta device and has no values yet; "
+            f"adapter '{target.adapter}' was attached on the meta device and has no values yet; "
             "load the base weights, then call adapters(model)[name].initialize() or load(model, path)"
         )
-    result = hook({"x": x, "y": y, "params": entry.params(layer), "cfg": entry.cfg, "layer": layer})
+    for tensor in params.values():
+        if tensor.is_meta and not x.is_meta:
+            raise ModelStateError(
+                f"the tensors of adapter '{target.adapter}' on {target.name} were moved to the meta device, "
+                "as accelerate's cpu_offload does with a layer's weights; adapters need their layers on a device"
+            )
+        break
+    result = hook({"x": x, "y": y, "params": params, "cfg": target.cfg, "layer": layer})
     if not isinstance(result, Tensor):
         raise BrokenPlugin(
-            f"{kind} of variant '{entry.variant.name}' returned {type(result).__name__}; return the new tensor"
+            f"{kind} of variant '{target.variant.name}' returned {type(result).__name__}; return the new tensor"
         )
     return result

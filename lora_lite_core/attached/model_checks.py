@@ -13,14 +13,15 @@ from torch import nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, ModelStateError, UnsupportedLayer
+from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
 from ..layers.behaviour import misbehaviour
 from ..layers.kinds import layer_device, storage_of
 from .records import check_outside
-from .targeting import Found, check_layer
+from .targeting import check_layer
 
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
 
 
@@ -32,22 +33,40 @@ def check_attachable(model: nn.Module) -> None:
     if torch.is_inference_mode_enabled():
         raise ModelStateError("inside torch.inference_mode() adapters could not be trained; attach outside of it")
     for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelStateError(f"{where} is compiled, and compiled code ignores hooks that come later; {ORDER}")
-        if type(module).__name__ in WRAPPERS or "FSDPModule" in (kind.__name__ for kind in type(module).__mro__):
-            raise ModelStateError(
-                f"{where} wraps the model already, and gradients of adapters would not be reduced; {ORDER}"
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UnsupportedLayer(
+                f"{name or 'the model'} is wrapped by the peft package ({type(module).__name__}), whose own adapters "
+                "would be frozen; call unload() or merge_and_unload() on the PEFT model first"
             )
+        if problem := _wrapped(module):
+            raise ModelStateError(f"{name or 'the model'} ({type(module).__name__}) {problem}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         wrapper = torch.nn.parallel.DistributedDataParallel
-        if any(type(thing) is wrapper and thing.module is model for thing in gc.get_objects()):
+        if any(issubclass(type(thing), wrapper) and thing.module is model for thing in gc.get_objects()):
             raise ModelStateError(
                 f"a DistributedDataParallel holds the model and would not reduce new gradients; {ORDER}"
             )
     if "torch._dynamo" in sys.modules:
         _check_compiled(model)
     check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")
+
+
+def _wrapped(module: nn.Module) -> str:
+    """What was done to a module that adapters have to come before, as the end of a sentence, or ""."""
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+        return f"is compiled, and compiled code ignores hooks that come later; {ORDER}"
+    if any(kind in WRAPPERS for kind in kinds):
+        return f"wraps the model already, and gradients of adapters would not be reduced; {ORDER}"
+    return ""
+
+
+def check_takes_parameters(model: nn.Module) -> None:
+    """Raise ModelStateError for a model whose optimizer was prepared already, without the new parameters."""
+    if getattr(model, "_is_accelerate_prepared", False):
+        raise ModelStateError(
+            f"the model went through accelerator.prepare, whose optimizer would not have the new parameters; {ORDER}"
+        )
 
 
 def check_not_sharded(model: nn.Module, consequence: str) -> None:
@@ -105,9 +124,9 @@ def check_calibration(variant: Variant, data: Any) -> None:
         raise CalibrationError(f"variant '{variant.name}' takes no calibration data; leave calibration_data out")
 
 
-def check_behaviour(found: Iterable[Found]) -> None:
+def check_behaviour(targets: Iterable[Target]) -> None:
     """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
-    for target in {(type(t.layer), storage_of(t.layer)): t for t in found}.values():
+    for target in {(type(t.layer), storage_of(t.layer)): t for t in targets}.values():
         if layer_device(target.layer).type != "meta" and (why := misbehaviour(target.layer)):
             raise UnsupportedLayer(
                 f"{target.name}, a {type(target.layer).__name__} ({storage_of(target.layer)}), {why}; "
@@ -115,8 +134,8 @@ def check_behaviour(found: Iterable[Found]) -> None:
             )
 
 
-def check_has_weights(found: Iterable[Found]) -> None:
-    for target in found:
+def check_has_weights(targets: Iterable[Target]) -> None:
+    for target in targets:
         check_layer(target.name, target.layer)
         if layer_device(target.layer).type == "meta":
             raise ModelStateError(

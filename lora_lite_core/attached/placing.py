@@ -1,8 +1,8 @@
-"""Putting one adapter's tensors and hooks on a model's layers, all of them or none."""
+"""Putting one adapter on a model, whole or not at all; switching it off and on; taking it off."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,156 +10,194 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import AdapterConfig
-from ..contract.errors import AdapterNameError, BrokenPlugin, ModelStateError, TargetError
-from ..contract.variant import Variant
+from ..contract.errors import AdapterNameError, BrokenPlugin, TargetError
+from ..contract.target import Target
 from ..layers.four_bit_packing import keep_unpacked, let_pack
-from ..layers.kinds import layer_device, storage_of
-from .forward_hooks import Entry, add_entry, remove_entry
-from .records import Record, TargetRecord, forget, records_of, remember
-from .targeting import Found
-from .tensors import attribute_name, fill, generator_for, register_tensor, specs_for, take_fingerprint, tensor_dtype
-from .whole_modules import check_untrained, put_copies, trained_tensors
+from .base_check import take_fingerprint, watch_base, weight_version
+from .forward_hooks import add_target, remove_target, targets_on
+from .records import RECORDS, AllOrNothing, Record, present_targets, record_of, records_of
+from .tensors import Made, as_made, attribute_name, check_in_place, make_tensors, register_tensor, specs_for, zeros_for
+from .whole_modules import check_untrained, current, put_base, put_trained, tensor_at
+
+Values = Mapping[str, Mapping[str, Tensor]]  # by target and bare name
 
 
-class Target:
-    """One layer as `group_init` sees it: name, layer, d_in, d_out, its own cfg, and params by bare name."""
-
-    def __init__(self, owner: Installation, found: Found) -> None:
-        self._owner: Installation | None = owner
-        self.name, self.layer, self.d_in, self.d_out = found.name, found.layer, found.d_in, found.d_out
-        self.cfg: Any = found.cfg  # of the variant's own class
-        self.params: dict[str, Tensor] = {}
-        self.attributes: dict[str, str] = {}
-        self.saved: tuple[str, ...] = ()
-
-    def reconfigure(self, **changes: Any) -> None:
-        """Replace fields of this target's config (`reconfigure(r=5, alpha=10.0)`), make its tensors anew by
-        `param_specs` and `init`, and refresh `params`. Raises ConfigError as the config does."""
-        owner = self._open()
-        cfg = replace(self.cfg, **changes)
-        owner.remove(self)
-        self.cfg = cfg
-        owner.place(self)
-
-    def drop(self) -> None:
-        """Take the adapter off this layer."""
-        owner = self._open()
-        owner.remove(self)
-        owner.targets.remove(self)
-        self._owner = None
-
-    def close(self) -> None:
-        """Called by the core when `group_init` has returned; nothing can be changed from then on."""
-        self._owner = None
-
-    def _open(self) -> Installation:
-        if self._owner is None:
-            raise ModelStateError(f"target {self.name} can only be changed inside group_init, once until it is dropped")
-        return self._owner
-
-    def __repr__(self) -> str:
-        return f"Target({self.name!r}, {self.d_in} → {self.d_out}, {self.cfg})"
+def install(
+    model: nn.Module,
+    name: str,
+    record: Record,
+    targets: Iterable[Target],
+    *,
+    values: Values | None = None,
+    calibration_data: Any = None,
+    trainable: bool = True,
+) -> None:
+    """Put an adapter on these targets: with the `values` of a file, or new ones, which wait for `Adapter.initialize`
+    where the record is not ready. One of the same name that has been waiting makes room. The model is as before if
+    anything fails."""
+    targets = list(targets)
+    check_untrained(model, (*record.whole, *(target.name for target in targets)))
+    unpacked = keep_unpacked(model)
+    with AllOrNothing(model, undo=lambda: let_pack(model, unpacked)):
+        if name in records_of(model).adapters:
+            take_off(model, name)
+        making = Making(record.seed)
+        for target in targets:
+            making.place(target, None if values is None else values[target.name], ready=record.ready)
+        if values is None and record.ready:
+            making.run_group_init(model, record, calibration_data)
+        _commit(model, name, record, list(making.placed), trainable)
+        records = records_of(model)
+        vars(model)[RECORDS] = replace(records, unpacked=(*records.unpacked, *unpacked))
 
 
-class Installation:
-    """One adapter on its way onto a model. `commit` makes it real; `rollback` leaves no trace."""
+def uninstall(model: nn.Module, names: Sequence[str]) -> None:
+    """Take these adapters off; with the last one everything else that `install` has done is undone, too."""
+    with AllOrNothing(model):
+        for name in names:
+            take_off(model, name)
+        if not records_of(model).adapters:
+            _release(model)
 
-    def __init__(self, model: nn.Module, variant: Variant, cfg: AdapterConfig, name: str, seed: int) -> None:
-        self.model, self.variant, self.cfg, self.name, self.seed = model, variant, cfg, name, seed
-        self.targets: list[Target] = []
-        self._hooked: list[Target] = []
 
-    def add(self, found: Found, values: Mapping[str, Tensor] | None = None, *, deferred: bool = False) -> None:
-        """Place the tensors of one layer: from `values` (a file's, by bare name), or made new by init, or (deferred,
-        for a model on meta) without values for now."""
-        target = Target(self, found)
-        self.targets.append(target)
-        self.place(target, values, deferred=deferred)
+def switch_off(model: nn.Module, name: str, block: object, kind: str) -> None:
+    """Have the adapter not run until `switch_on` with the same `block`; other blocks count on their own."""
+    record_of(model, name).blocks[block] = kind
+    _switch(model, name)
 
-    def place(self, target: Target, values: Mapping[str, Tensor] | None = None, *, deferred: bool = False) -> None:
-        specs = specs_for(self.variant, target.name, target.layer, target.d_in, target.d_out, target.cfg)
-        device = layer_device(target.layer)
-        attributes = {bare: attribute_name(bare, self.name) for bare in specs}
-        for bare, attribute in attributes.items():
+
+def switch_on(model: nn.Module, name: str, block: object) -> None:
+    """May be repeated, and without `switch_off` before."""
+    if name in records_of(model).adapters:
+        record_of(model, name).blocks.pop(block, None)
+        _switch(model, name)
+
+
+def _switch(model: nn.Module, name: str) -> None:
+    """Have the layers do what the record says. Whoever comes last, in whatever thread, sees the last state of it."""
+    record = record_of(model, name)
+    while True:
+        running = not record.blocks
+        for target in present_targets(model, name).values():
+            if target is not None:
+                target.enabled = running
+        if running:
+            put_trained(model, record)
+        else:
+            put_base(model, record)
+        if running == (not record.blocks):
+            return
+
+
+def take_off(model: nn.Module, name: str) -> None:
+    """Hooks, tensors and record of one adapter. To be used inside an AllOrNothing block."""
+    for target in present_targets(model, name).values():
+        if target is not None:
+            remove_target(target.layer, name)
+            remove_tensors(target)
+    records = records_of(model)
+    put_base(model, records.adapters[name])
+    left = {other: record for other, record in records.adapters.items() if other != name}
+    vars(model)[RECORDS] = replace(records, adapters=left)
+
+
+def remove_tensors(target: Target) -> None:
+    for attribute in target.attributes.values():
+        if hasattr(target.layer, attribute):
+            delattr(target.layer, attribute)
+
+
+def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Target], trainable: bool) -> None:
+    """From here on the adapter runs, what is not an adapter is frozen, and the model remembers."""
+    record.layers = tuple(target.name for target in targets)
+    for target in targets:
+        target.ready, target.placing = record.ready, None
+        if record.ready:
+            target.fingerprint, target.base_version = take_fingerprint(target), weight_version(target.layer)
+        add_target(target)
+    records = records_of(model)
+    if not records.adapters:
+        records = replace(records, handles=watch_base(model))
+    vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record})
+    put_trained(model, record)
+    _freeze(model, record, first=not records.adapters)
+    if not trainable:
+        for tensor in (*(t for target in targets for t in target.params.values()), *current(model, record).values()):
+            tensor.requires_grad = False
+
+
+def _freeze(model: nn.Module, record: Record, first: bool) -> None:
+    """Turn off what is not an adapter's, and note it. Only the first adapter does this for the whole model: what the
+    user has turned on again since stays on. Of what an adapter trains whole, the base's own tensors are turned off."""
+    records, frozen = records_of(model), []
+    for name, whole in record.whole.items():
+        if whole.base.requires_grad:
+            whole.base.requires_grad = False
+            frozen.append(name)
+    ours = {id(p) for module in model.modules() for target in targets_on(module) for p in target.params.values()}
+    for name, parameter in model.named_parameters() if first else ():
+        if id(parameter) not in ours and name not in record.whole and parameter.requires_grad:
+            parameter.requires_grad = False
+            frozen.append(name)
+    vars(model)[RECORDS] = replace(records, frozen=(*records.frozen, *frozen))
+
+
+def _release(model: nn.Module) -> None:
+    """What the first `install` has turned off is turned on again, and nothing of ours stays on the model."""
+    records = records_of(model)
+    for name in records.frozen:
+        if isinstance(parameter := tensor_at(model, name), nn.Parameter):
+            parameter.requires_grad = True
+    for handle in records.handles:
+        handle.remove()
+    let_pack(model, list(records.unpacked))
+    vars(model).pop(RECORDS)
+
+
+class Making:
+    """The tensors of one adapter while they are made; what a target's `reconfigure` and `drop` act on."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.placed: dict[Target, Made] = {}
+
+    def place(self, target: Target, values: Mapping[str, Tensor] | None, *, ready: bool = True) -> None:
+        """Make the tensors of one layer and put them on it; without values for now, for a model on meta."""
+        specs = specs_for(target)
+        attributes = {bare: attribute_name(bare, target.adapter) for bare in specs}
+        for attribute in attributes.values():
             if hasattr(target.layer, attribute):
                 raise AdapterNameError(
                     f"{target.name} already has an attribute '{attribute}'; give this adapter another name: name='…'"
                 )
-            dtype = tensor_dtype(specs[bare], target.cfg, target.layer)
-            tensor = torch.zeros(specs[bare].shape, dtype=dtype, device=device)
-            if values is None and not deferred:
-                fill(tensor, specs[bare], generator_for(self.seed, target.name, bare), f"{target.name}.{bare}")
-            register_tensor(target.layer, attribute, specs[bare], tensor)
-            target.attributes[bare] = attribute
+        made = make_tensors(target, specs, self.seed, values) if ready else zeros_for(target, specs)
+        for bare, attribute in attributes.items():
+            register_tensor(target.layer, attribute, specs[bare], made[bare])
+        target.attributes, target.placing = attributes, self
         target.saved = tuple(bare for bare, spec in specs.items() if spec.persistent)
-        target.params = {bare: getattr(target.layer, attribute) for bare, attribute in attributes.items()}
-        if not deferred and (values is None or len(target.saved) < len(specs)):
-            self._init(target)  # with a file's values only for what is not saved; the rest is written over here:
-        with torch.no_grad():
-            for bare, value in (values or {}).items():
-                target.params[bare].copy_(value)
+        self.placed[target] = as_made(target.params)
 
-    def _init(self, target: Target) -> None:
-        if self.variant.init is None:
+    def place_anew(self, target: Target, cfg: Any) -> None:
+        remove_tensors(target)
+        target.cfg = cfg
+        self.place(target, None)
+
+    def drop(self, target: Target) -> None:
+        remove_tensors(target)
+        target.placing = None
+        del self.placed[target]
+
+    def run_group_init(self, model: nn.Module, record: Record, calibration_data: Any) -> None:
+        if record.variant.group_init is None:
             return
-        given = dict(target.params)
-        generator = generator_for(self.seed, target.name, "init")
-        with torch.no_grad():
-            returned = self.variant.init(
-                {"layer": target.layer, "params": given, "cfg": target.cfg, "name": target.name, "generator": generator}
-            )
-        if returned is not None or given.keys() != target.params.keys():
-            raise BrokenPlugin(
-                f"init of variant '{self.variant.name}' returned something or added names to params; "
-                "it fills the tensors of param_specs in place and returns None"
-            )
-        for bare, tensor in target.params.items():
-            if given.get(bare) is not tensor:
-                raise BrokenPlugin(
-                    f"init of variant '{self.variant.name}' replaced params['{bare}']; fill it in place, with copy_()"
-                )
-
-    def remove(self, target: Target) -> None:
-        for attribute in target.attributes.values():
-            delattr(target.layer, attribute)
-        target.attributes, target.params = {}, {}
-
-    def group_init(self, calibration_data: Any) -> None:
-        if self.variant.group_init is None:
-            return
-        available = {"model": self.model, "targets": tuple(self.targets), "cfg": self.cfg}
-        with torch.no_grad(), leaving_no_hook(self.model, f"group_init of variant '{self.variant.name}'"):
-            self.variant.group_init({**available, "calibration_data": calibration_data})
-        if not self.targets:
-            raise TargetError(
-                f"group_init of variant '{self.variant.name}' dropped every target; nothing is left to train"
-            )
-
-    def commit(self, *, ready: bool = True) -> Record:
-        """Put the hooks on; from here on the adapter runs."""
-        record = Record(self.variant, self.cfg, self.seed, ready)
-        prints = {
-            target.name: take_fingerprint(self.variant, target.layer, target.cfg) if ready else None
-            for target in self.targets
-        }
-        for target in self.targets:
-            record.targets[target.name] = TargetRecord(
-                target.d_in, target.d_out, target.cfg, target.attributes, target.saved,
-                storage_of(target.layer), prints[target.name],
-            )  # fmt: skip
-            entry = Entry(self.name, self.variant, target.cfg, target.attributes, ready=ready)
-            add_entry(target.layer, entry)
-            self._hooked.append(target)
-            target.close()
-        return record
-
-    def rollback(self) -> None:
-        for target in self._hooked:
-            remove_entry(target.layer, self.name)
-        for target in self.targets:
-            self.remove(target)
-            target.close()
+        label = f"group_init of variant '{record.variant.name}'"
+        given = {"model": model, "targets": tuple(self.placed), "cfg": record.cfg}
+        with torch.no_grad(), leaving_no_hook(model, label):
+            record.variant.group_init({**given, "calibration_data": calibration_data})
+        if not self.placed:
+            raise TargetError(f"{label} dropped every target; nothing is left to train")
+        for target, made in self.placed.items():
+            check_in_place(f"{label}, on {target.name},", target.params, made)
 
 
 @contextmanager
@@ -177,67 +215,3 @@ def leaving_no_hook(model: nn.Module, who: str) -> Generator[None]:
                     left.append(name)
     if left:
         raise BrokenPlugin(f"{who} left a forward hook on {left[0]}; remove what it registers, as with an ExitStack")
-
-
-@contextmanager
-def making_room(model: nn.Module, name: str, variant: Variant) -> Generator[None]:
-    """Inside, an adapter of that name that has no values yet (attached on meta) is off, so that another can take its
-    place; it is put back if the block fails."""
-    record = records_of(model).adapters.get(name)
-    if record is None or record.ready:
-        yield
-        return
-    if record.variant.name != variant.name:
-        raise AdapterNameError(
-            f"adapter '{name}' was attached on meta as '{record.variant.name}', this is a '{variant.name}'; "
-            f"give another name, or detach(model, '{name}') first"
-        )
-    found = found_again(model, record)
-    forget(model, name)
-    try:
-        yield
-    except BaseException:
-        install(model, record.variant, record.cfg, name, record.seed, found, deferred=True)
-        raise
-
-
-def found_again(model: nn.Module, record: Record) -> list[Found]:
-    """The layers that an adapter is on."""
-    return [
-        Found(name, model.get_submodule(name), target.d_in, target.d_out, target.cfg)
-        for name, target in record.targets.items()
-    ]
-
-
-def install(
-    model: nn.Module,
-    variant: Variant,
-    cfg: AdapterConfig,
-    name: str,
-    seed: int,
-    found: Iterable[Found],
-    *,
-    calibration_data: Any = None,
-    values: Mapping[str, Mapping[str, Tensor]] | None = None,
-    deferred: bool = False,
-) -> None:
-    """Put an adapter on these layers: with the `values` of a file, by target and bare name (those of whole modules
-    under ""), or new ones, which with `deferred` wait for `Adapter.initialize`."""
-    installation = Installation(model, variant, cfg, name, seed)
-    originals, found = trained_tensors(model, cfg), list(found)
-    whole = {other: record.originals for other, record in records_of(model).adapters.items()}
-    check_untrained((*originals, *(target.name for target in found)), whole)
-    unpacked = keep_unpacked(model)
-    try:
-        for target in found:
-            installation.add(target, None if values is None else values[target.name], deferred=deferred)
-        if values is None and not deferred:
-            installation.group_init(calibration_data)
-        record = installation.commit(ready=not deferred)
-        put_copies(model, originals, None if values is None else values[""])
-        record.originals = originals
-        remember(model, name, record, unpacked)
-    except BaseException:
-        installation.rollback()
-        let_pack(model, unpacked)
-        raise

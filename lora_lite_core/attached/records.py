@@ -1,79 +1,69 @@
-"""What a model remembers of its adapters: on the model itself, by name, so that copies and pickles keep it."""
+"""What a model remembers of its adapters, names and order, on the model itself; and putting a model back as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterNameError, ModelStateError, did_you_mean, listed
+from ..contract.target import Target
 from ..contract.variant import Variant
-from .forward_hooks import remove_entry, state_of
-from .whole_modules import swap
+from .forward_hooks import STATE, targets_on
 
 RECORDS = "_lora_lite_adapters"
 
 
 @dataclass
-class TargetRecord:
-    """What the model remembers of one target: enough to save it and to take it off."""
+class Whole:
+    """A tensor of the base that an adapter trains as a copy; the one that is not in its place waits here."""
 
-    d_in: int
-    d_out: int
-    cfg: AdapterConfig
-    attributes: dict[str, str]  # bare name → attribute of the layer
-    saved: tuple[str, ...]  # the bare names that go into a file
-    storage: str = "dense"
-    fingerprint: list[float] | None = None
+    base: Tensor
+    trained: Tensor | None  # None while it is in place
 
 
 @dataclass
 class Record:
-    """What the model remembers of one adapter."""
+    """What the model remembers of one adapter; what there is to know of each layer stands on the layer (`Target`)."""
 
     variant: Variant
     cfg: AdapterConfig
     seed: int
-    ready: bool = True
-    targets: dict[str, TargetRecord] = field(default_factory=dict)
-    originals: dict[str, Tensor] = field(default_factory=dict)  # of the base, while `train_modules` has copies there
+    ready: bool = True  # False from `attach` on the meta device until `initialize`
+    layers: tuple[str, ...] = ()
+    whole: dict[str, Whole] = field(default_factory=dict)  # by full name: what `train_modules` trains
+    blocks: dict[object, str] = field(default_factory=dict)  # "disabled" or "merged" for every with-block we are in
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a copy is outside of the with-blocks that the original is in."""
+        if self.whole and self.blocks:
+            block = next(iter(self.blocks.values()))
+            raise ModelStateError(
+                f"a copy made inside `with {block}(model)` would keep the base's {next(iter(self.whole))} in the place "
+                "of the trained one; leave that block first"
+            )
+        return {**vars(self), "blocks": {}}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Records:
-    """On the model, by name: its adapters, and the parameters and packing flags that `attach` turned off."""
+    """On the model, replaced as a whole: its adapters by name, what `attach` turned off, and handles of its hooks."""
 
     adapters: dict[str, Record] = field(default_factory=dict)
-    frozen: list[str] = field(default_factory=list)
-    unpacked: list[str] = field(default_factory=list)
-    blocks: list[str] = field(default_factory=list)  # "disabled", "merged": the with-blocks that we are in
+    frozen: tuple[str, ...] = ()  # names of parameters
+    unpacked: tuple[str, ...] = ()  # names of 4-bit layers whose packing flag was on
+    handles: tuple[Any, ...] = ()
 
 
 def records_of(model: nn.Module) -> Records:
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     return model.__dict__.get(RECORDS) or Records()
-
-
-@contextmanager
-def inside(model: nn.Module, block: str) -> Generator[None]:
-    """A with-block in which the model's adapters stand still."""
-    blocks = records_of(model).blocks
-    blocks.append(block)
-    try:
-        yield
-    finally:
-        blocks.remove(block)
-
-
-def check_outside(model: nn.Module, *blocks: str) -> None:
-    """Raise ModelStateError inside one of these blocks ("disabled", "merged"; none given: both)."""
-    for block in reversed(records_of(model).blocks):
-        if block in (blocks or ("disabled", "merged")):
-            raise ModelStateError(f"not inside `with {block}(model)`: leave that block first")
 
 
 def names_of(model: nn.Module, name: str | None) -> list[str]:
@@ -90,49 +80,41 @@ def record_of(model: nn.Module, name: str) -> Record:
         return records[name]
     inner = [path for path, module in model.named_modules() if path and RECORDS in module.__dict__]
     hint = f"\n  submodule '{inner[0]}' carries adapters: pass model.{inner[0]}" if inner else ""
-    near = did_you_mean(name, records)
+    near = did_you_mean(str(name), records)
     only = f"; give name='{next(iter(records))}'" if len(records) == 1 and not near else ""
     raise AdapterNameError(f"no adapter is called '{name}'{near}{only}\n  attached: {listed(records)}{hint}")
 
 
-def remember(model: nn.Module, name: str, record: Record, unpacked: list[str]) -> None:
-    """Write the record on the model and freeze what is not an adapter."""
-    records = model.__dict__.setdefault(RECORDS, Records())
-    records.unpacked.extend(unpacked)
-    records.adapters[name] = record
-    ours = {id(p) for layer in model.modules() for p in _adapter_parameters(layer)}
-    whole = {key for one in records.adapters.values() for key in one.originals}
-    for parameter_name, parameter in model.named_parameters():
-        if id(parameter) not in ours and parameter_name not in whole and parameter.requires_grad:
-            parameter.requires_grad_(False)
-            records.frozen.append(parameter_name)
-
-
-def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    state = state_of(layer)
-    for entry in state.entries if state else ():
-        yield from (p for p in entry.params(layer).values() if isinstance(p, nn.Parameter))
-
-
-def forget(model: nn.Module, name: str) -> Record:
-    """Take the adapter's tensors and hooks off, and its record."""
-    records = records_of(model)
-    record = records.adapters.pop(name)
-    swap(model, record.originals)
-    for key, parameter in model.named_parameters() if records.adapters else ():
-        if key in record.originals and parameter.requires_grad:  # for the adapters that stay it is base
-            parameter.requires_grad_(False)
-            records.frozen.append(key)
-    for layer_name, target in record.targets.items():
+def present_targets(model: nn.Module, name: str) -> dict[str, Target | None]:
+    """The adapter's targets by layer; None where the user has removed or replaced the layer since."""
+    found: dict[str, Target | None] = {}
+    for path in record_of(model, name).layers:
         try:
-            layer = model.get_submodule(layer_name)
-        except AttributeError:  # the user has removed the layer
-            continue
-        remove_entry(layer, name)
-        for attribute in target.attributes.values():
-            if hasattr(layer, attribute):  # not so where the user has replaced the whole layer
-                delattr(layer, attribute)
-    return record
+            on_layer = targets_on(model.get_submodule(path))
+        except AttributeError:
+            on_layer = ()
+        found[path] = next((target for target in on_layer if target.adapter == name), None)
+    return found
+
+
+def targets_of(model: nn.Module, name: str) -> dict[str, Target]:
+    """The adapter's targets by layer; ModelStateError when one of its layers was removed or replaced since."""
+    found = present_targets(model, name)
+    whole = {path for path, target in found.items() if target is not None}
+    if gone := [path for path in found if path not in whole]:
+        raise ModelStateError(
+            f"adapter '{name}' is not whole any more: {listed(gone, 3)} was removed or replaced after it was attached\n"
+            f"  detach(model, '{name}') takes the rest of it off; change the model first, then attach or load"
+        )
+    return {path: target for path, target in found.items() if target is not None}
+
+
+def check_outside(model: nn.Module, *blocks: str) -> None:
+    """Raise ModelStateError inside one of these blocks ("disabled", "merged"; none given: both)."""
+    inside = [block for record in records_of(model).adapters.values() for block in record.blocks.values()]
+    for block in ("merged", "disabled"):
+        if block in inside and block in (blocks or inside):
+            raise ModelStateError(f"not inside `with {block}(model)`: leave that block first")
 
 
 def check_one_owner(model: nn.Module) -> None:
@@ -141,22 +123,94 @@ def check_one_owner(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if path and RECORDS in module.__dict__:
             raise ModelStateError(f"submodule '{path}' carries adapters of its own; attach to one and the same module")
-        for entry in state.entries if (state := state_of(module)) else ():
-            if entry.name not in ours:
+        for target in targets_on(module):
+            if target.adapter not in ours:
                 raise ModelStateError(
-                    f"'{path}' carries adapter '{entry.name}', which was attached through an enclosing module; "
+                    f"'{path}' carries adapter '{target.adapter}', which was attached through an enclosing module; "
                     "attach to that one"
                 )
 
 
-def check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str, variant: Variant | None = None) -> None:
+    """Raise AdapterNameError for a name that cannot be one or is taken; an adapter of this variant that was attached on
+    meta and has no values yet does not count."""
     if not isinstance(name, str) or not name.isidentifier() or "__" in name:
         raise AdapterNameError(
             f"{name!r} is not an adapter name; use letters, digits and single underscores, as in 'style_2'"
         )
     taken = records_of(model).adapters
-    if name in taken:
+    if name not in taken:
+        return
+    there = taken[name]
+    if variant is None or there.ready:
         raise AdapterNameError(
             f"an adapter called '{name}' is attached already; detach(model, '{name}') first, or give another name\n"
             f"  attached: {listed(taken)}"
         )
+    if there.variant.name != variant.name:
+        raise AdapterNameError(
+            f"adapter '{name}' was attached on meta as '{there.variant.name}', this is a '{variant.name}'; "
+            f"give another name, or detach(model, '{name}') first"
+        )
+
+
+_HELD = (
+    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
+_OURS = (STATE, RECORDS)
+
+
+class AllOrNothing:
+    """A with-block that changes a model: when it fails or is interrupted, at whatever line, the model is as before.
+
+    Covers what the library changes: parameters, buffers, submodules and hooks in their places and order, flags, modes,
+    our own records; not the values of tensors, which are never written.
+    """
+
+    def __init__(self, model: nn.Module, undo: Callable[[], object] | None = None) -> None:
+        self._undo = undo  # of something else; may be repeated
+        modules = list(model.modules())
+        self._held = [part for module in modules for part in _contents(module)]
+        self._modules = [
+            (module, module.training, set(module._non_persistent_buffers_set), {k: vars(module).get(k) for k in _OURS})
+            for module in modules
+        ]
+        waiting = [whole.base for record in records_of(model).adapters.values() for whole in record.whole.values()]
+        self._flags = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *waiting)]
+        self._grad = torch.is_grad_enabled()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.restore()
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self._grad)
+        for held, keys, values in self._held:
+            if tuple(held) != keys or any(now is not then for now, then in zip(held.values(), values, strict=True)):
+                held.clear()
+                held.update(zip(keys, values, strict=True))
+        for module, training, unsaved, ours in self._modules:
+            module.training = training
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(unsaved)
+            for key, value in ours.items():
+                if value is not None:
+                    vars(module)[key] = value
+                else:
+                    vars(module).pop(key, None)
+        for tensor, flag in self._flags:
+            tensor.requires_grad = flag
+        if self._undo is not None:
+            self._undo()
+
+
+def _contents(module: nn.Module) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...]]]:
+    attributes = vars(module)
+    for key in _HELD:
+        if (held := attributes.get(key)) is not None:
+            yield held, tuple(held), tuple(held.values())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import TargetError, UnsupportedLayer, closest, listed
-from ..layers.kinds import layer_sizes
+from ..contract.target import Target
+from ..contract.variant import Variant
+from ..layers.kinds import is_a, layer_sizes, storage_of
 from .whole_modules import is_inside, trained_paths
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
@@ -19,18 +20,7 @@ _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
 _WRITER = re.compile(r"(^|[._])(o|o_proj|out_proj|c_proj|wo|out_lin)$|(output|attention)\.dense$")
 
 
-@dataclass(frozen=True)
-class Found:
-    """One selected layer."""
-
-    name: str
-    layer: nn.Module
-    d_in: int
-    d_out: int
-    cfg: AdapterConfig
-
-
-def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Found]:
+def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter: str) -> list[Target]:
     """The layers that the config selects, in the model's order, each with its own config.
 
     Raises TargetError when a pattern, block number or role selects nothing, UnsupportedLayer when one selects only
@@ -57,7 +47,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Found]:
     if not chosen:
         raise TargetError(f"no layer is left of {len(allowed)} linear layers; exclude_names={cfg.exclude_names}")
     _check_per_target(cfg, chosen)
-    return [located(name, layer, cfg.for_target(name)) for name, layer in chosen.items()]
+    return [located(name, layer, cfg.for_target(name), variant, adapter) for name, layer in chosen.items()]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,23 +55,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if name and layer_sizes(layer) is not None}
 
 
-def located(name: str, layer: nn.Module, cfg: AdapterConfig) -> Found:
-    """A target whose layer is checked to be one that an adapter can go on."""
+def located(name: str, layer: nn.Module, cfg: AdapterConfig, variant: Variant, adapter: str) -> Target:
+    """A target, without tensors yet, whose layer is checked to be one that an adapter can go on."""
     sizes = layer_sizes(layer)
     if sizes is None:
         raise UnsupportedLayer(f"{name} is a {type(layer).__name__}, which is not a linear layer")
     check_layer(name, layer)
-    return Found(name, layer, *sizes, cfg)
+    return Target(name, layer, *sizes, cfg, variant, adapter, storage=storage_of(layer))
 
 
 def check_layer(name: str, layer: nn.Module) -> None:
     """Raise UnsupportedLayer for a linear layer on which an adapter would silently do nothing or go wrong."""
-    if type(layer).__module__.partition(".")[0] == "peft":
-        raise UnsupportedLayer(
-            f"{name} is wrapped by the peft package ({type(layer).__name__}); "
-            "call unload() or merge_and_unload() on the PEFT model first"
-        )
-    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+    if is_a(layer, "NonDynamicallyQuantizableLinear"):
         raise UnsupportedLayer(
             f"{name} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so that an "
             f"adapter would never run; add exclude_names=(…, '{name.rpartition('.')[2]}')"

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 from ..contract.config import AdapterConfig
 from ..contract.errors import BrokenPlugin, LoraLiteError
 from ..contract.param_spec import ParamSpec
-from ..contract.variant import Variant
-from ..layers.kinds import layer_dtype
+from ..contract.target import Target
+from ..layers.kinds import layer_device, layer_dtype
+
+Made = dict[str, tuple[Tensor, torch.Size]]  # by bare name
 
 
-def specs_for(
-    variant: Variant, name: str, layer: nn.Module, d_in: int, d_out: int, cfg: AdapterConfig
-) -> dict[str, ParamSpec]:
+def specs_for(target: Target) -> dict[str, ParamSpec]:
     """The checked parameter specs of one layer. What the variant raises is raised with the layer's name before it."""
+    given = {"d_in": target.d_in, "d_out": target.d_out, "cfg": target.cfg, "layer": target.layer}
     try:
-        specs = variant.param_specs({"d_in": d_in, "d_out": d_out, "cfg": cfg, "layer": layer})
+        specs = target.variant.param_specs(given)
     except LoraLiteError as error:  # a variant refuses a layer; it does not know its name
-        raise type(error)(f"{name}: {error}") from error
-    label = f"param_specs of variant '{variant.name}' for {name}"
+        raise type(error)(f"{target.name}: {error}") from error
+    label = f"param_specs of variant '{target.variant.name}' for {target.name}"
     if not isinstance(specs, Mapping) or not all(isinstance(spec, ParamSpec) for spec in specs.values()):
         raise BrokenPlugin(f"{label} returned {specs!r}; return a dict of name: ParamSpec(…)")
     if not specs:
@@ -49,10 +50,80 @@ def tensor_dtype(spec: ParamSpec, cfg: AdapterConfig, layer: nn.Module) -> torch
     return torch.float64 if layer_dtype(layer) == torch.float64 else torch.float32
 
 
-def generator_for(seed: int, layer: str, tensor: str) -> torch.Generator:
-    """A CPU generator that depends on these three alone: not on order, device, process or the other targets."""
-    digest = hashlib.sha256(f"{seed}\n{layer}\n{tensor}".encode()).digest()
+def generator_for(seed: int, target: Target, tensor: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and these names alone: not on order, device, process or other targets.
+
+    The adapter's name is one of them, so that two adapters start differently; "default" is left out, as it always was.
+    """
+    words = [str(seed), target.name, tensor, *([] if target.adapter == "default" else [target.adapter])]
+    digest = hashlib.sha256("\n".join(words).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def make_tensors(
+    target: Target, specs: Mapping[str, ParamSpec], seed: int, values: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The tensors of one layer, not on it yet: with the `values` of a file, the others made by `init`; or all new.
+
+    A file's values stand before `init` runs, which may read them, and are written again over what it has touched.
+    """
+    made = zeros_for(target, specs)
+    given = values or {}
+    _copy(given, made)
+    for bare, tensor in made.items():
+        if bare not in given:
+            fill(tensor, specs[bare], generator_for(seed, target, bare), f"{target.name}.{bare}")
+    if len(given) < len(made):
+        _run_init(target, made, seed)
+        _copy(given, made)
+    return made
+
+
+def zeros_for(target: Target, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
+    device = layer_device(target.layer)
+    return {
+        bare: torch.zeros(spec.shape, dtype=tensor_dtype(spec, target.cfg, target.layer), device=device)
+        for bare, spec in specs.items()
+    }
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
+    for bare, value in values.items():
+        made[bare].copy_(value)
+
+
+@torch.no_grad()
+def _run_init(target: Target, made: Mapping[str, Tensor], seed: int) -> None:
+    if target.variant.init is None:
+        return
+    params, before = dict(made), as_made(made)
+    generator = generator_for(seed, target, "init")
+    given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}
+    label = f"init of variant '{target.variant.name}'"
+    if target.variant.init(given) is not None or params.keys() != made.keys():
+        raise BrokenPlugin(
+            f"{label} returned something or added names to params; "
+            "it fills the tensors of param_specs in place and returns None"
+        )
+    check_in_place(label, params, before)
+
+
+def as_made(tensors: Mapping[str, Tensor]) -> Made:
+    """The tensors and their shapes, to be compared by `check_in_place`."""
+    return {bare: (tensor, tensor.shape) for bare, tensor in tensors.items()}
+
+
+def check_in_place(label: str, now: Mapping[str, Tensor], made: Made) -> None:
+    """BrokenPlugin unless the tensors are still the same objects, with the shapes that they had."""
+    for bare, (tensor, shape) in made.items():
+        if now.get(bare) is not tensor:
+            raise BrokenPlugin(f"{label} replaced params['{bare}']; fill it in place, with copy_()")
+        if tensor.shape != shape:
+            raise BrokenPlugin(
+                f"{label} gave {bare} the shape {tuple(tensor.shape)} by .data = …, where param_specs says "
+                f"{tuple(shape)}; fill it in place, with copy_()"
+            )
 
 
 def fill(tensor: Tensor, spec: ParamSpec, generator: torch.Generator, name: str) -> None:
@@ -76,16 +147,3 @@ def register_tensor(layer: nn.Module, attribute: str, spec: ParamSpec, tensor: T
         layer.register_buffer(attribute, tensor, persistent=spec.persistent)
     else:
         layer.register_parameter(attribute, nn.Parameter(tensor, requires_grad=bool(spec.trainable)))
-
-
-def take_fingerprint(variant: Variant, layer: nn.Module, cfg: AdapterConfig) -> list[float] | None:
-    """What the adapter assumes about this layer, as plain floats for a file's header."""
-    if variant.fingerprint is None:
-        return None
-    with torch.no_grad():
-        value = variant.fingerprint({"layer": layer, "cfg": cfg})
-    if value is not None and not isinstance(value, Tensor):
-        raise BrokenPlugin(
-            f"fingerprint of variant '{variant.name}' returned {type(value).__name__}; return a tensor or None"
-        )
-    return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
-from ..contract.errors import ModelStateError, TargetError, closest
+from ..contract.errors import ModelStateError, TargetError, closest, listed
 from .forward_hooks import state_of
+from .records import Record, Whole, records_of
 
 
 def trained_paths(model: nn.Module, cfg: AdapterConfig) -> list[str]:
@@ -25,85 +26,116 @@ def trained_paths(model: nn.Module, cfg: AdapterConfig) -> list[str]:
             near = closest(pattern.strip("^$\\."), [part for name in names for part in name.split(".")])
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise TargetError(f"train_modules: {pattern!r} matches no module{hint}")
-    matched = [name for name in names if any(re.search(pattern, name) for pattern in cfg.train_modules)]
-    return [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
+    return outermost(name for name in names if any(re.search(pattern, name) for pattern in cfg.train_modules))
 
 
-def is_inside(name: str, paths: list[str]) -> bool:
+def outermost(names: Iterable[str]) -> list[str]:
+    """Those of the dotted names that are inside no other one."""
+    names = list(names)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def is_inside(name: str, paths: Iterable[str]) -> bool:
     return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
-def trained_tensors(model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
-    """The base's parameters and buffers in those modules by their full names, checked to be fit for training."""
+def tensors_in(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """The base's parameters and saved buffers in these modules by their full names."""
     found: dict[str, Tensor] = {}
-    for path in trained_paths(model, cfg):
+    for path in paths:
         module = model.get_submodule(path)
-        for name, inner in module.named_modules(prefix=path):
-            if state_of(inner) is not None:
-                raise TargetError(f"train_modules: {name} carries an adapter; train it whole or adapt it, not both")
         saved = module.state_dict(keep_vars=True)
         held = (*module.named_parameters(), *module.named_buffers())
         own = {f"{path}.{name}": tensor for name, tensor in held if name in saved}
         if not any(isinstance(tensor, nn.Parameter) for tensor in own.values()):
             raise TargetError(f"train_modules: {path} ({type(module).__name__}) has no parameter to train")
-        for name, tensor in own.items():
-            if tensor.device.type == "meta":
-                raise ModelStateError(f"train_modules: {name} is on the meta device; load the base's weights first")
-            plain = type(tensor) is nn.Parameter and tensor.is_floating_point()
-            if isinstance(tensor, nn.Parameter) and not plain:
-                kind = f"{type(tensor).__name__} of {tensor.dtype}"
-                raise TargetError(f"train_modules: {name} is a {kind}, which cannot be trained")
         found |= own
-    if not found:
-        return found
-    owners = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
-    for name, tensor in found.items():
-        if shared := [other for other, key in owners if key == id(tensor) and other != name]:
-            raise TargetError(f"train_modules: {name} is also {shared[0]}, which would no longer be tied to it")
     return found
 
 
-def put_copies(model: nn.Module, originals: Mapping[str, Tensor], values: Mapping[str, Tensor] | None) -> None:
-    """Trainable copies in the originals' place, with the values of a file where there are some."""
-    copies: dict[str, Tensor] = {}
-    for name, tensor in originals.items():
+def check_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise TargetError or ModelStateError for tensors of which no trainable copy can stand in their place."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        for name, inner in model.get_submodule(path).named_modules(prefix=path):
+            if state_of(inner) is not None:
+                raise TargetError(f"train_modules: {name} carries an adapter; train it whole or adapt it, not both")
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise ModelStateError(f"train_modules: {name} is on the meta device; load the base's weights first")
+        plain = type(tensor) is nn.Parameter and tensor.is_floating_point()
+        if isinstance(tensor, nn.Parameter) and not plain:
+            kind = f"{type(tensor).__name__} of {tensor.dtype}"
+            raise TargetError(f"train_modules: {name} is a {kind}, which cannot be trained")
+    owners = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)] if tensors else []
+    for name, tensor in tensors.items():
+        if shared := [other for other, key in owners if key == id(tensor) and other != name]:
+            raise TargetError(f"train_modules: {name} is also {shared[0]}, which would no longer be tied to it")
+
+
+def trained_copies(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> dict[str, Whole]:
+    """Trainable copies of these tensors of the base, with the values of a file where there are some."""
+    made: dict[str, Whole] = {}
+    for name, tensor in tensors.items():
         copy = tensor.detach().clone()
         if values is not None:
             copy.copy_(values[name])
-        copies[name] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
-    swap(model, copies)
+        made[name] = Whole(tensor, nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy)
+    return made
 
 
-def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put these in place, and return what was there. A tensor moves to the device and dtype of the one it replaces."""
-    before: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:  # the user has removed it
-            continue
-        held = module._parameters if attribute in module._parameters else module._buffers
-        old = held.get(attribute)
-        if old is None:
-            continue
-        before[name] = old
-        if (tensor.device, tensor.dtype) != (old.device, old.dtype):
-            moved = tensor.detach().to(old.device, old.dtype)
-            tensor = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-        held[attribute] = tensor  # type: ignore[assignment]
-    return before
+def put_trained(model: nn.Module, record: Record) -> None:
+    """The trained copies in their places. May be repeated."""
+    for name, whole in record.whole.items():
+        if whole.trained is not None and place(model, name, whole.trained) is not None:
+            whole.trained = None
 
 
-def current(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are in these places now: the trained ones, outside of disabled()."""
-    places = {name: name.rpartition(".") for name in originals}
-    return {name: getattr(model.get_submodule(path), attribute) for name, (path, _, attribute) in places.items()}
+def put_base(model: nn.Module, record: Record) -> None:
+    """The base's own tensors in their places, while the trained copies wait in the record. May be repeated."""
+    for name, whole in record.whole.items():
+        if whole.trained is None:
+            whole.trained = tensor_at(model, name)
+        place(model, name, whole.base)
 
 
-def check_untrained(names: Iterable[str], whole: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise TargetError when one of these tensors or layers is trained whole by another adapter, given by its name."""
+def place(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+    """Put the tensor in the place of that full name, moved to the device and dtype of what was there, and return what
+    stands there now; None where the user has removed the place."""
+    old = tensor_at(model, name)
+    if old is None or old is tensor:
+        return old
+    if (tensor.device, tensor.dtype) != (old.device, old.dtype):
+        moved = tensor.detach().to(old.device, old.dtype)
+        tensor = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    held = module._parameters if attribute in module._parameters else module._buffers
+    held[attribute] = tensor  # type: ignore[assignment]
+    return tensor
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that full name; None where there is none any more."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    found = module._parameters.get(attribute)
+    return found if found is not None else module._buffers.get(attribute)
+
+
+def current(model: nn.Module, record: Record) -> dict[str, Tensor]:
+    """The trained tensors by full name, outside of disabled(); ModelStateError when the user has removed one."""
+    found = {name: tensor_at(model, name) for name in record.whole}
+    if gone := [name for name, tensor in found.items() if tensor is None]:
+        raise ModelStateError(f"{listed(gone, 3)}, trained whole by an adapter, was removed from the model since")
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def check_untrained(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise TargetError when one of these tensors or layers is trained whole by another adapter."""
     for name in names:
-        for other, originals in whole.items():
-            if name in originals or any(key.startswith(f"{name}.") for key in originals):
+        for other, record in records_of(model).adapters.items():
+            if name in record.whole or any(key.startswith(f"{name}.") for key in record.whole):
                 raise TargetError(f"{name} is trained whole by adapter '{other}' already (its train_modules)")

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..attached.placing import Target
     from .config import AdapterConfig
     from .param_spec import ParamSpec
+    from .target import Target
 
 CONTRACT_VERSION = 2
 

@@ -1,8 +1,9 @@
-"""save and load: one adapter, one file, checked on the way in and out."""
+"""load: an adapter file onto a model, checked whole before the model is touched."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..attached.adapter import Adapter
-from ..attached.model_checks import check_attachable, check_behaviour, check_has_weights
-from ..attached.placing import install, making_room
-from ..attached.records import check_name, check_one_owner
-from ..attached.targeting import Found, located
+from ..attached.base_check import Reaction, check_base, check_reaction
+from ..attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
+from ..attached.placing import install
+from ..attached.records import Record, check_name, check_one_owner
+from ..attached.targeting import located
 from ..attached.tensors import specs_for
-from ..attached.whole_modules import trained_tensors
+from ..attached.whole_modules import check_trainable, tensors_in, trained_copies
 from ..contract.config import AdapterConfig
 from ..contract.errors import (
     AdapterFileError,
@@ -30,10 +32,10 @@ from ..contract.errors import (
     listed,
 )
 from ..contract.param_spec import ParamSpec
+from ..contract.target import Target
 from ..contract.text import count
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from .base_check import Reaction, check_base
 from .format import AdapterFile, inspect
 
 
@@ -51,31 +53,31 @@ def load(
     trainable         False keeps its tensors out of training
     on_base_mismatch  "error", "warn" or "ignore", when the file remembers another base model
 
-    Needs no calibration data and draws nothing at random. Everything is checked before the model is touched. Raises
-    AdapterFileError, BaseMismatch, MissingPlugin, BrokenPlugin, AdapterNameError, ModelStateError, UnsupportedLayer.
+    Needs no calibration data, draws nothing at random, and runs no pattern of the file. Everything is checked before
+    the model is touched. Raises AdapterFileError, BaseMismatch, MissingPlugin, BrokenPlugin, AdapterNameError,
+    ModelStateError, UnsupportedLayer.
     """
-    if on_base_mismatch not in ("error", "warn", "ignore"):
-        raise ConfigError(f"on_base_mismatch={on_base_mismatch!r}; give 'error', 'warn' or 'ignore'")
+    check_reaction(on_base_mismatch)
     file = inspect(path)
+    tensors = _read_tensors(file)
     variant = _variant_of(file)
     cfg = _config_of(file, variant)
     check_attachable(model)
-    with making_room(model, name, variant):
-        check_one_owner(model)
-        check_name(model, name)
-        found = _targets_of(file, model, cfg)
-        check_has_weights(found)
-        if trainable:
-            check_behaviour(found)
-        whole = trained_tensors(model, cfg)
-        values = _values_of(file, variant, found, whole)
-        check_base(file, variant, found, on_base_mismatch)
-        install(model, variant, cfg, name, file.seed, found, values=values)
-    adapter = Adapter(model, name)
-    if not trainable:
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
-    return adapter
+    if trainable:
+        check_takes_parameters(model)
+    check_one_owner(model)
+    check_name(model, name, variant)
+    targets = _targets_of(file, model, cfg, variant, name)
+    check_has_weights(targets)
+    if trainable:
+        check_behaviour(targets)
+    whole = _whole_modules(file, model, cfg)
+    values = _values_of(file, tensors, targets, whole)
+    saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
+    check_base(str(file.path), targets, saved, on_base_mismatch)
+    record = Record(variant, cfg, file.seed, whole=trained_copies(whole, tensors))
+    install(model, name, record, targets, values=values, trainable=trainable)
+    return Adapter(model, name)
 
 
 def _variant_of(file: AdapterFile) -> Variant:
@@ -104,25 +106,28 @@ def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
         ) from error
 
 
-def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> list[Found]:
+def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant: Variant, name: str) -> list[Target]:
     """The file's own targets in this model; its patterns are not run again."""
     layers = dict(model.named_modules())
     if not file.targets:
         raise AdapterFileError(f"{file.path} has no targets: it is an adapter on no layer")
-    if missing := [name for name in file.targets if name not in layers]:
+    if missing := [path for path in file.targets if path not in layers]:
         raise AdapterFileError(
             f"{file.path}: {len(missing)} of {count(len(file.targets), 'target')} are not in this "
             f"{type(model).__name__}: {listed(missing, 3)}{did_you_mean(missing[0], layers)}"
         )
-    found = [located(name, layers[name], _own(cfg, target["overrides"])) for name, target in file.targets.items()]
-    for target in found:
+    targets = [
+        located(path, layers[path], _own(cfg, saved["overrides"]), variant, name)
+        for path, saved in file.targets.items()
+    ]
+    for target in targets:
         saved = file.targets[target.name]
         if (target.d_in, target.d_out) != (saved["d_in"], saved["d_out"]):
             raise BaseMismatch(
                 f"{target.name} is {target.d_in} → {target.d_out} in this {type(model).__name__}, but "
                 f"{saved['d_in']} → {saved['d_out']} in the model that {file.path} was made on"
             )
-    return found
+    return targets
 
 
 def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
@@ -134,36 +139,64 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
+def _whole_modules(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
+    """The base's tensors that the file trains whole. Which ones is said by exact patterns, as `save` writes them; for
+    those of earlier files by the names of the file's tensors."""
+    layers = dict(model.named_modules())
+    paths = [name for pattern in cfg.train_modules if (name := exact_name(pattern))]
+    if len(paths) < len(cfg.train_modules):
+        owners = (key.rpartition(".") for key in file.tensors)
+        paths = list(dict.fromkeys(path for path, _, name in owners if not name.startswith("lora_")))
+    if missing := [path for path in paths if path not in layers]:
+        raise AdapterFileError(
+            f"{file.path} trains {listed(missing, 3)} whole, which this {type(model).__name__} does not have"
+            f"{did_you_mean(missing[0], layers)}"
+        )
+    found = tensors_in(model, paths) if cfg.train_modules else {}
+    check_trainable(model, found)
+    return found
+
+
+def exact_name(pattern: str) -> str | None:
+    """The one name that a pattern of the form ^…$ without any operator matches."""
+    name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+    return name if pattern == f"^{re.escape(name)}$" else None
+
+
+def _read_tensors(file: AdapterFile) -> dict[str, Tensor]:
+    try:
+        return load_file(file.path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file.path} cannot be read: {error}") from error
+
+
 def _values_of(
-    file: AdapterFile, variant: Variant, found: Iterable[Found], whole: Mapping[str, Tensor]
+    file: AdapterFile, tensors: Mapping[str, Tensor], targets: Iterable[Target], whole: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by target and bare name, with names, shapes and kinds as the variant declares them; those of
-    whole modules, by their full names, under ""."""
+    whole modules are compared, too."""
     expected: dict[str, ParamSpec] = {}
-    for target in found:
-        specs = specs_for(variant, target.name, target.layer, target.d_in, target.d_out, target.cfg)
+    for target in targets:
+        specs = specs_for(target)
         expected |= {f"{target.name}.{bare}": spec for bare, spec in specs.items() if spec.persistent}
     shapes = {key: spec.shape for key, spec in expected.items()} | {key: tuple(t.shape) for key, t in whole.items()}
-    if shapes.keys() != file.tensors.keys():
-        missing = [key for key in shapes if key not in file.tensors]
-        unexpected = [key for key in file.tensors if key not in shapes]
+    if shapes.keys() != tensors.keys():
+        missing = [key for key in shapes if key not in tensors]
+        unexpected = [key for key in tensors if key not in shapes]
         raise AdapterFileError(
-            f"{file.path} does not hold the tensors of variant '{variant.name}'\n"
+            f"{file.path} does not hold the tensors of variant '{file.variant}'\n"
             f"  missing: {listed(missing, 4)}\n  unexpected: {listed(unexpected, 4)}"
         )
     for key, shape in shapes.items():
-        if file.tensors[key][1] != shape:
-            raise AdapterFileError(f"{file.path}: {key} has shape {file.tensors[key][1]}, this model needs {shape}")
-    try:
-        tensors = load_file(file.path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file.path} cannot be read: {error}") from error
-    values = {"": {key: tensors[key] for key in whole}}
+        if tuple(tensors[key].shape) != shape:
+            raise AdapterFileError(
+                f"{file.path}: {key} has shape {tuple(tensors[key].shape)}, this model needs {shape}"
+            )
+    values: dict[str, dict[str, Tensor]] = {}
     for key, spec in expected.items():
-        tensor = tensors[key]
-        wanted = spec.dtype or torch.float32
+        tensor, wanted = tensors[key], spec.dtype or torch.float32
         if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
-            raise AdapterFileError(f"{file.path}: {key} is {tensor.dtype}, variant '{variant.name}' needs {wanted}")
+            raise AdapterFileError(f"{file.path}: {key} is {tensor.dtype}, variant '{file.variant}' needs {wanted}")
         layer_name, _, bare = key.rpartition(".")
         values.setdefault(layer_name, {})[bare] = tensor
     return values

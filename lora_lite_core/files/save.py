@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from importlib_metadata import version
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..attached.base_check import warn_if_stale
 from ..attached.model_checks import check_not_sharded
-from ..attached.records import Record, check_outside, record_of
-from ..attached.whole_modules import current
+from ..attached.records import Record, check_outside, record_of, targets_of
+from ..attached.whole_modules import current, outermost
 from ..contract.config import overrides
 from ..contract.errors import (
     AdapterFileError,
     ModelStateError,
 )
+from ..contract.target import Target
 from .format import FORMAT, FORMAT_VERSION
 
 
@@ -30,9 +34,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     record = record_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
-    if record.originals:
+    if record.whole:
         check_outside(model)  # the trained modules are not in their place there
     check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
+    targets = targets_of(model, name)
+    warn_if_stale(model, name, stacklevel=3)
     path = Path(path).resolve()  # a link stays a link
     if path.suffix != ".safetensors":
         raise AdapterFileError(
@@ -42,17 +48,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     if not path.parent.is_dir():
         raise AdapterFileError(f"folder {path.parent} does not exist; make it first")
     tensors = {
-        f"{layer_name}.{bare}": getattr(model.get_submodule(layer_name), target.attributes[bare])
-        for layer_name, target in record.targets.items()
+        f"{layer_name}.{bare}": target.params_on(target.layer)[bare]
+        for layer_name, target in targets.items()
         for bare in target.saved
-    } | current(model, record.originals)
+    } | current(model, record)
     # A copy each: safetensors refuses tensors that share storage or are not contiguous.
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    _write(path, copies, _metadata(record))
+    _write(path, copies, _metadata(record, targets))
 
 
-def _metadata(record: Record) -> dict[str, str]:
-    targets = {
+def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
+    described = {
         name: {
             "d_in": target.d_in,
             "d_out": target.d_out,
@@ -60,12 +66,14 @@ def _metadata(record: Record) -> dict[str, str]:
             "overrides": overrides(record.cfg, target.cfg),
             "fingerprint": target.fingerprint,
         }
-        for name, target in record.targets.items()
+        for name, target in targets.items()
     }
+    # Of modules that are trained whole the names are written, not the patterns that have found them.
+    whole = outermost(dict.fromkeys(name.rpartition(".")[0] for name in record.whole))
     adapter = {
         "variant": record.variant.name,
-        "config": record.cfg.to_dict(),
-        "targets": targets,
+        "config": {**record.cfg.to_dict(), "train_modules": [f"^{re.escape(path)}$" for path in whole]},
+        "targets": described,
         "seed": record.seed,
         "core_version": version("lora-lite-core"),
         "plugin": {"distribution": record.variant.distribution, "version": record.variant.version},

@@ -82,3 +82,9 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
     sizes = layer_sizes(layer)
     assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
     return sizes
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Whether the object's class, or one that it derives from, has one of these names: for classes of packages that the
+    core does not import."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)

@@ -41,3 +41,28 @@ def _cosines(count: int, size: int, ratio: float) -> Tensor:
     rows = torch.cos(frequencies[:, None] * (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5))
     rows = rows / rows.norm(dim=-1, keepdim=True)
     return rows.float()
+
+
+# How far two sketches of one weight may lie apart, relative to the weight's RMS. Measured over 300 layers by
+# `uv run python -m tests.measure_sketch`: rounding to bfloat16 moves a sketch by at most 0.0025 and to float16 by
+# 0.0003, noise of 1 % of the RMS by at least 0.0056, another seed, a permutation or a sign flip by at least 0.65.
+SAME_STORAGE = 0.004
+ACROSS_STORAGES = {"bnb-int8": 0.03, "bnb-nf4": 0.3, "bnb-fp4": 0.3}
+ACROSS_UNKNOWN = 0.3
+
+
+def sketch_distance(saved: Tensor, found: Tensor) -> float:
+    """RMS difference of two fingerprints over the scale in their last element; inf when they do not compare."""
+    if saved.shape != found.shape:
+        return math.inf
+    scale = max(float(saved[-1].abs()), float(found[-1].abs()), 1e-30)
+    return float((saved - found).square().mean().sqrt()) / scale
+
+
+def sketch_tolerance(saved: str, found: str) -> float:
+    """The largest distance two storages of one weight may show."""
+    if saved == found:
+        return SAME_STORAGE
+    return max(
+        ACROSS_STORAGES.get(kind, SAME_STORAGE if kind == "dense" else ACROSS_UNKNOWN) for kind in (saved, found)
+    )

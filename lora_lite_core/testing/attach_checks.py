@@ -13,6 +13,7 @@ import torch
 
 from ..attached.tensors import specs_for
 from ..contract.config import AdapterConfig
+from ..contract.target import Target
 from ..discovery.registry import LoraLiteConfig
 from ..layers.kinds import layer_sizes
 from .check import promise
@@ -39,7 +40,8 @@ def check_specs_are_pure(s: Subject) -> None:
     before = torch.get_rng_state()
     for (name, layer), other in zip(model.named_children(), twin.children(), strict=True):
         d_in, d_out = layer_sizes(layer) or (0, 0)
-        first, second, third = (specs_for(s.variant, name, one, d_in, d_out, s.cfg) for one in (layer, layer, other))
+        targets = [Target(name, one, d_in, d_out, s.cfg, s.variant, "default") for one in (layer, layer, other)]
+        first, second, third = map(specs_for, targets)
         for specs in (second, third):
             kinds = [{n: (x.shape, x.trainable, x.as_buffer, x.dtype) for n, x in y.items()} for y in (first, specs)]
             must(kinds[0] == kinds[1], f"{kinds[0]} at first, then {kinds[1]}")

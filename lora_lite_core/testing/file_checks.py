@@ -88,7 +88,7 @@ def _frozen(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _saved(adapter: Adapter) -> set[str]:
-    return {f"{name}.{bare}" for name, target in adapter.record.targets.items() for bare in target.saved}
+    return {f"{name}.{bare}" for name, target in adapter.layers().items() for bare in target.saved}
 
 
 @promise("keep nothing outside `params`: adapters share the layer, and each has tensors of its own")
@@ -149,9 +149,9 @@ def check_peft_round_trip(s: Subject) -> None:
     if to_peft is None or from_peft is None:
         return
     model, adapter = s.trained()
-    for name, target in adapter.record.targets.items():
+    for name, target in adapter.layers().items():
         layer = model.get_submodule(name)
-        params = {bare: getattr(layer, attribute).detach() for bare, attribute in target.attributes.items()}
+        params = {bare: tensor.detach() for bare, tensor in target.params.items()}
         try:
             config, tensors = to_peft({"params": params, "cfg": target.cfg, "layer": layer})
         except MergeError:

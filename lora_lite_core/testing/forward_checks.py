@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..attached.forward_hooks import state_of
+from ..attached.forward_hooks import targets_on
 from .check import promise
 from .variant_under_test import Subject, close, must
 
@@ -55,15 +55,13 @@ def check_inputs_are_not_written(s: Subject) -> None:
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name in adapter.targets:
         layer = model.get_submodule(name)
-        state = state_of(layer)
-        assert state is not None, f"{name} carries no adapter"
-        entry = state.entries[0]
+        target = targets_on(layer)[0]
         x = s.x(4) if layer is not model.down else torch.randn(4, s.sizes[1])
         with torch.no_grad():
             y = layer.forward(x)
             kept = [(x, x.clone()), (y, y.clone())]
-            given = {"x": x, "y": y, "params": entry.params(layer), "cfg": entry.cfg, "layer": layer}
-            for hook in (entry.variant.forward_input, entry.variant.forward):
+            given = {"x": x, "y": y, "params": target.params_on(layer), "cfg": target.cfg, "layer": layer}
+            for hook in (target.variant.forward_input, target.variant.forward):
                 if hook is not None:
                     hook(given)
         for tensor, before in kept:

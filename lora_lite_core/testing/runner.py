@@ -101,7 +101,7 @@ def tensors_of(cfg: AdapterConfig) -> list[str]:
     """What the variant puts on a layer 64 → 96, a line a tensor; raises what `attach` raises."""
     subject = Subject(cfg)
     adapter = subject.attach(subject.model())
-    name, target = next(iter(adapter.record.targets.items()))
+    name, target = next(iter(adapter.layers().items()))
     held = dict(adapter.named_tensors())
     lines = [f"on a layer {target.d_in} → {target.d_out}:"]
     for bare in target.attributes:

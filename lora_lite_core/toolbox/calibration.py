@@ -15,7 +15,7 @@ from ..contract.errors import CalibrationError
 from ..layers.kinds import input_name
 
 if TYPE_CHECKING:
-    from ..attached.placing import Target
+    from ..contract.target import Target
 
 EIGH_LIMIT = 4096  # largest covariance that is solved in full
 STRIP = 128  # rows of a Gram matrix that are summed at once, from the diagonal on: it is symmetric

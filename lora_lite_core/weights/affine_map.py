@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attached.forward_hooks import Entry, state_of
+from ..attached.forward_hooks import targets_on
 from ..contract.errors import MergeError, ModelStateError
+from ..contract.target import Target
 from ..layers.kinds import layer_device, layer_sizes
 from ..layers.weight import PROBE_ROWS, base_forward, dense_weight
 
@@ -27,29 +28,35 @@ class AffineMap:
 
 
 @torch.no_grad()
-def adapted_map(name: str, layer: nn.Module, entries: Sequence[Entry]) -> AffineMap:
+def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> AffineMap:
     """The layer `name` with these adapters, run on a dense float64 twin of it.
 
     Raises MergeError when an adapter tensor or the result is not finite, and, with the measured residual, when the
     adapted layer is not affine in x; ModelStateError when an adapter is switched off or has no values yet.
     """
+    for target in targets:
+        if not target.variant.affine:
+            raise MergeError(
+                f"{name} with '{target.adapter}' ({target.variant.name}) is not affine in its input, as the variant "
+                "says of itself (AFFINE = False); it cannot be merged or exported, only run"
+            )
     device = layer_device(layer)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    params = [_params(name, entry, layer, device) for entry in entries]
+    params = [_params(name, target, layer, device) for target in targets]
     with torch.autocast(layer_device(layer).type, enabled=False), torch.autocast(device.type, enabled=False):
         twin = dense_twin(layer, device)
         d_in, d_out = twin.in_features, twin.out_features
-        shift = _run(twin, entries, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
+        shift = _run(twin, targets, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
         weight = torch.empty(d_out, d_in, dtype=torch.float64, device=device)
-        reads_input = any(entry.variant.forward_input is not None for entry in entries)
+        reads_input = any(target.variant.forward_input is not None for target in targets)
         for start in range(0, d_in, PROBE_ROWS):
             rows = torch.zeros(min(PROBE_ROWS, d_in - start), d_in, dtype=torch.float64, device=device)
             rows[:, start:].fill_diagonal_(1)
             # Of a row of the identity the frozen layer makes a column of its weight: no need to multiply.
             known = None if reads_input else twin.weight[:, start : start + len(rows)].T + twin.bias
-            weight[:, start : start + len(rows)] = (_run(twin, entries, params, rows, known) - shift).T
+            weight[:, start : start + len(rows)] = (_run(twin, targets, params, rows, known) - shift).T
         found = AffineMap(weight, shift, twin.weight.detach(), twin.bias.detach())
-        _check_affine(name, twin, entries, params, found)
+        _check_affine(name, twin, targets, params, found)
     return found
 
 
@@ -64,55 +71,56 @@ def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
     return twin
 
 
-def entries_on(name: str, layer: nn.Module, adapters: Sequence[str]) -> list[Entry]:
-    """The layer's entries of these adapters; MergeError when another adapter is on the layer, too."""
-    state = state_of(layer)
-    entries = state.entries if state else []
-    others = [entry.name for entry in entries if entry.name not in adapters]
+def adapters_alone(name: str, layer: nn.Module, adapters: Sequence[str]) -> tuple[Target, ...]:
+    """The layer's targets of these adapters; MergeError when another adapter is on the layer, too."""
+    targets = targets_on(layer)
+    others = [target.adapter for target in targets if target.adapter not in adapters]
     if others:
         raise MergeError(
             f"{name} carries adapter '{others[0]}', too, and what one adds depends on the other; "
             "merge or export all of them together (name=None), or detach the other one first"
         )
-    return entries
+    return targets
 
 
-def check_entry(name: str, entry: Entry, layer: nn.Module) -> None:
+def check_usable(name: str, target: Target, layer: nn.Module) -> None:
     """Raise ModelStateError for an adapter that has no values or is off, MergeError for one that is not finite."""
-    if not entry.ready:
-        raise ModelStateError(f"adapter '{entry.name}' has no values yet; call initialize() or load(model, path) first")
-    if not entry.enabled:
-        raise ModelStateError(f"adapter '{entry.name}' is switched off by disabled(model); leave that block first")
-    for bare, tensor in entry.params(layer).items():
+    if not target.ready:
+        raise ModelStateError(f"adapter '{target.adapter}' has no values yet; call initialize() or load(model, path)")
+    if not target.enabled:
+        raise ModelStateError(f"adapter '{target.adapter}' is switched off by disabled(model); leave that block first")
+    for bare, tensor in target.params_on(layer).items():
         if not tensor.isfinite().all():
-            raise MergeError(f"{bare} of adapter '{entry.name}' on {name} holds NaN or infinity; nothing was written")
+            raise MergeError(
+                f"{bare} of adapter '{target.adapter}' on {name} holds NaN or infinity; nothing was written"
+            )
 
 
-def _params(name: str, entry: Entry, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    check_entry(name, entry, layer)
+def _params(name: str, target: Target, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    check_usable(name, target, layer)
     return {
         bare: tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
-        for bare, tensor in entry.params(layer).items()
+        for bare, tensor in target.params_on(layer).items()
     }
 
 
 def _run(
-    twin: nn.Linear, entries: Sequence[Entry], params: list[dict[str, Tensor]], x: Tensor, y: Tensor | None = None
+    twin: nn.Linear, targets: Sequence[Target], params: list[dict[str, Tensor]], x: Tensor, y: Tensor | None = None
 ) -> Tensor:
     """The adapted layer on x, as its hooks run it; y is the frozen layer's output where it is known already."""
-    pairs = list(zip(entries, params, strict=True))
-    for entry, tensors in pairs:
-        if entry.variant.forward_input is not None:
-            x = entry.variant.forward_input({"x": x, "params": tensors, "cfg": entry.cfg, "layer": twin})
+    pairs = list(zip(targets, params, strict=True))
+    for target, tensors in pairs:
+        if target.variant.forward_input is not None:
+            x = target.variant.forward_input({"x": x, "params": tensors, "cfg": target.cfg, "layer": twin})
     out: Tensor = base_forward(twin, x) if y is None else y
-    for entry, tensors in pairs:
-        if entry.variant.forward is not None:
-            out = entry.variant.forward({"x": x, "y": out, "params": tensors, "cfg": entry.cfg, "layer": twin})
+    for target, tensors in pairs:
+        if target.variant.forward is not None:
+            out = target.variant.forward({"x": x, "y": out, "params": tensors, "cfg": target.cfg, "layer": twin})
     return out
 
 
 def _check_affine(
-    name: str, twin: nn.Linear, entries: Sequence[Entry], params: list[dict[str, Tensor]], found: AffineMap
+    name: str, twin: nn.Linear, targets: Sequence[Target], params: list[dict[str, Tensor]], found: AffineMap
 ) -> None:
     """Compare with the map on rows it was not made of, small and large ones."""
     generator = torch.Generator().manual_seed(0)
@@ -122,8 +130,8 @@ def _check_affine(
         x = x.to(found.weight.device)
         expected = x @ found.weight.T
         size = float(expected.norm() + found.bias.norm()) or 1.0
-        residual = max(residual, float((_run(twin, entries, params, x) - expected - found.bias).norm()) / size)
-    names = listed_variants(entries)
+        residual = max(residual, float((_run(twin, targets, params, x) - expected - found.bias).norm()) / size)
+    names = listed_variants(targets)
     if not residual < AFFINE_TOLERANCE:  # NaN fails, too
         raise MergeError(
             f"{name} with {names} is not affine in its input: on random rows it is off by {residual:.1e} of the output "
@@ -131,5 +139,5 @@ def _check_affine(
         )
 
 
-def listed_variants(entries: Sequence[Entry]) -> str:
-    return " and ".join(f"'{entry.name}' ({entry.variant.name})" for entry in entries)
+def listed_variants(targets: Sequence[Target]) -> str:
+    return " and ".join(f"'{target.adapter}' ({target.variant.name})" for target in targets)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..attached.adapter import detach, disabled
-from ..attached.forward_hooks import state_of
+from ..attached.forward_hooks import hook_in_between, state_of
 from ..attached.model_checks import check_attachable
-from ..attached.records import inside, names_of, record_of
-from ..attached.whole_modules import current, swap
+from ..attached.placing import switch_off, switch_on, uninstall
+from ..attached.records import AllOrNothing, names_of, present_targets, record_of, targets_of
+from ..attached.whole_modules import current, place, put_trained, tensor_at
 from ..contract.errors import MergeError
 from ..layers.kinds import is_conv1d, storage_of
 from ..layers.weight import base_forward
-from .affine_map import AffineMap, adapted_map, entries_on, listed_variants
+from .affine_map import AffineMap, adapted_map, adapters_alone, listed_variants
 
 
 @dataclass
@@ -42,47 +43,74 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
     Raises MergeError for layers that are not dense (without to_dense), tied weights, adapters that are not affine (with
     the measured residual) or not finite; AdapterNameError; ModelStateError for compiled, sharded or meta models.
     """
-    folds = _folds(model, names_of(model, name), to_dense)
-    for one in names_of(model, name):
-        trained = current(model, record_of(model, one).originals)
-        detach(model, one)
-        for key, base in swap(model, trained).items():  # what was trained whole stays
-            trained[key].requires_grad_(base.requires_grad)
-    for fold in folds:
-        if _writable(fold.layer):
-            _swap(fold)
-        else:
-            _replace(model, fold)
+    names = names_of(model, name)
+    folds = _folds(model, names, to_dense)
+    with AllOrNothing(model):
+        trained = {key: tensor for one in names for key, tensor in current(model, record_of(model, one)).items()}
+        uninstall(model, names)
+        for key, tensor in trained.items():  # what was trained whole stays
+            base = tensor_at(model, key)
+            tensor.requires_grad = base is not None and base.requires_grad
+            place(model, key, tensor)
+        for fold in folds:
+            if _writable(fold.layer):
+                _put(fold)
+            else:
+                _replace(model, fold)
 
 
 @contextmanager
 def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
     """Inside, one adapter, or all of them (None), is folded into the weights and switched off, which makes forward
-    passes as fast as the base's; after it the model holds its own parameters again, which were never written.
+    passes as fast as the base's; after it the model holds its own parameters again, which were never written. For the
+    whole process, as `disabled`; what is loaded or copied inside would be lost or wrong, and is refused.
 
     Raises what `merge` does.
     """
-    folds = _folds(model, names_of(model, name), to_dense=False)
-    with ExitStack() as stack:
-        trained = [current(model, record_of(model, one).originals) for one in names_of(model, name)]
-        stack.enter_context(disabled(model, name))
-        for tensors in trained:  # what was trained whole stays
-            base = swap(model, tensors)
-            stack.callback(swap, model, base)
-        for fold in folds:
-            stack.enter_context(_swapped(fold))
-        stack.enter_context(inside(model, "merged"))
-        yield
+    names = names_of(model, name)
+    folds = _folds(model, names, to_dense=False)
+    kept = [dict(fold.layer._parameters) for fold in folds]
+    block = object()
+    try:
+        try:
+            for one in names:
+                for target in targets_of(model, one).values():
+                    target.folded = True
+                switch_off(model, one, block, "merged")
+                put_trained(model, record_of(model, one))  # what was trained whole stays
+            for fold in folds:
+                _put(fold)
+            yield
+        finally:  # twice, so that an interrupt in the first is made good by the second
+            _leave(model, names, block, folds, kept)
+    finally:
+        _leave(model, names, block, folds, kept)
+
+
+def _leave(
+    model: nn.Module,
+    names: Sequence[str],
+    block: object,
+    folds: Sequence[Fold],
+    kept: Sequence[dict[str, nn.Parameter | None]],
+) -> None:
+    """Out of `merged`: the layers' own parameters are back, and the adapters run. May be repeated."""
+    for fold, parameters in zip(folds, kept, strict=True):
+        _put_back(fold.layer, parameters)
+    for one in names:
+        for target in present_targets(model, one).values():
+            if target is not None:
+                target.folded = False
+        switch_on(model, one, block)
 
 
 def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
     check_attachable(model)
-    targets = dict.fromkeys(layer for one in names for layer in record_of(model, one).targets)
+    layers = {path: target.layer for one in names for path, target in targets_of(model, one).items()}
     owners = _owners(model)
     folds = []
-    for path in targets:
-        layer = model.get_submodule(path)
-        entries = entries_on(path, layer, names)
+    for path, layer in layers.items():
+        targets = adapters_alone(path, layer, names)
         if not _writable(layer) and not to_dense:
             raise MergeError(
                 f"{path} ({storage_of(layer)}) does not hold a plain dense weight, and merging would quantise it anew; "
@@ -90,17 +118,22 @@ def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
             )
         if not _writable(layer) and _has_own_hooks(layer):
             raise MergeError(f"{path} has hooks or a forward of its own, which a dense layer in its place would lose")
+        if hook := hook_in_between(layer):
+            raise MergeError(
+                f"{path} has a hook that is not ours ({hook}), between the frozen layer and its adapter: merged "
+                "weights would compute something else; remove it first, or register it after attach"
+            )
         tied = owners.get(id(layer._parameters.get("weight")), [path])
         if len(tied) > 1:
             raise MergeError(
                 f"the weight of {path} is also that of {tied[1] if tied[0] == path else tied[0]}: merging "
                 "would change both; leave the layer out with exclude_names, or untie them"
             )
-        found = adapted_map(path, layer, entries)
+        found = adapted_map(path, layer, targets)
         folds.append(_fold(path, layer, found, _dtype(model, layer)))
         if not folds[-1].weight.isfinite().all():
             raise MergeError(
-                f"{path} with {listed_variants(entries)} does not fit {folds[-1].weight.dtype}: it overflows"
+                f"{path} with {listed_variants(targets)} does not fit {folds[-1].weight.dtype}: it overflows"
             )
         if _writable(layer):
             _verify(folds[-1])
@@ -132,7 +165,8 @@ def _dtype(model: nn.Module, layer: nn.Module) -> torch.dtype:
     return next((t.dtype for t in (*held, *base) if t is not None and t.is_floating_point()), torch.float32)
 
 
-def _swap(fold: Fold) -> None:
+def _put(fold: Fold) -> None:
+    """The merged weight in the layer, as new parameters."""
     old = fold.layer._parameters["weight"]
     assert old is not None, fold.name
     for kind, value in (("weight", fold.weight), ("bias", fold.bias)):
@@ -140,30 +174,29 @@ def _swap(fold: Fold) -> None:
             fold.layer._parameters[kind] = nn.Parameter(value.to(old.device), requires_grad=old.requires_grad)
 
 
-@contextmanager
-def _swapped(fold: Fold) -> Generator[None]:
-    held = fold.layer._parameters
-    kept = {kind: held[kind] for kind in ("weight", "bias") if kind in held}
-    _swap(fold)
-    try:
-        yield
-    finally:
-        for kind in ("weight", "bias"):
-            old, now = kept.get(kind), held.pop(kind, None)
-            if old is not None and now is not None and (old.device, old.dtype) != (now.device, now.dtype):
-                old = nn.Parameter(old.detach().to(now.device, now.dtype), old.requires_grad)  # the model has moved
-            if kind in kept:
-                held[kind] = old
+def _put_back(layer: nn.Module, kept: dict[str, nn.Parameter | None]) -> None:
+    """The layer's own parameters, moved where the model has moved meanwhile. May be repeated."""
+    held = layer._parameters
+    for kind in ("weight", "bias"):
+        old, now = kept.get(kind), held.get(kind)
+        if kind not in kept:
+            held.pop(kind, None)
+        elif old is None or now is None or (old.device, old.dtype) == (now.device, now.dtype):
+            held[kind] = old
+        else:
+            held[kind] = nn.Parameter(old.detach().to(now.device, now.dtype), old.requires_grad)
 
 
 @torch.no_grad()
 def _verify(fold: Fold) -> None:
     """Run the layer on the new weight: a class whose forward does more than multiply would show here."""
-    with _swapped(fold):
-        weight = fold.weight.T if is_conv1d(fold.layer) else fold.weight
-        x = torch.eye(8, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        expected = nn.functional.linear(x, weight, fold.bias)
-        got = base_forward(fold.layer, x)
+    twin = copy.copy(fold.layer)
+    twin._parameters = dict(fold.layer._parameters)
+    _put(replace(fold, layer=twin))
+    weight = fold.weight.T if is_conv1d(fold.layer) else fold.weight
+    x = torch.eye(8, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    expected = nn.functional.linear(x, weight, fold.bias)
+    got = base_forward(twin, x)
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-2, atol=1e-6):
         raise MergeError(
             f"{fold.name} ({type(fold.layer).__name__}) computes more than weight times input; it cannot be merged into"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
-from ...attached.records import check_outside, record_of
+from ...attached.records import check_outside, record_of, targets_of
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
-from ...weights.affine_map import adapted_map, entries_on
+from ...weights.affine_map import adapted_map, adapters_alone
 from .folder import dtype_of, layout_fields, refuse_whole_modules, write_directory
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
@@ -62,11 +62,11 @@ def export_lora(
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
     refuse_whole_modules(record)
-    fields = layout_fields(model, record.targets)
-    parts = {path: _change(model, path, name, tol) for path in record.targets}
+    fields = layout_fields(model, record.layers)
+    parts = {path: _change(model, path, name, tol) for path in record.layers}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
-        own = {path: getattr(target.cfg, "r", 0) for path, target in record.targets.items()}
+        own = {path: getattr(target.cfg, "r", 0) for path, target in targets_of(model, name).items()}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
     tensors: dict[str, Tensor] = {}
     result = LoRAExport(Path(directory), size)
@@ -104,7 +104,7 @@ def load_base(base: str) -> nn.Module:
 def _change(model: nn.Module, path: str, name: str, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """ΔW of a layer as U S Vh, complete up to a tenth of tol."""
     layer = model.get_submodule(path)
-    found = adapted_map(path, layer, entries_on(path, layer, [name]))
+    found = adapted_map(path, layer, adapters_alone(path, layer, [name]))
     shift, delta = found.bias - found.base_bias, found.weight - found.base_weight
     if float(shift.norm()) > 1e-6 * float(found.base_bias.norm() + delta.norm()):
         raise MergeError(

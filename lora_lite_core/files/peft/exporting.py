@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
-from ...attached.records import check_outside, record_of
-from ...attached.whole_modules import current, trained_paths
+from ...attached.records import check_outside, record_of, targets_of
+from ...attached.whole_modules import current, outermost
 from ...contract.errors import MergeError
-from ...weights.affine_map import check_entry, entries_on
+from ...weights.affine_map import adapters_alone, check_usable
 from .folder import check_endings, layout_fields, write_directory
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
@@ -36,22 +36,22 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         )
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
-    layout = layout_fields(model, record.targets)
+    targets = targets_of(model, name)
+    layout = layout_fields(model, targets)
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for path, target in record.targets.items():
-        layer = model.get_submodule(path)
-        (entry,) = entries_on(path, layer, [name])
-        check_entry(path, entry, layer)
-        params = {bare: tensor.detach() for bare, tensor in entry.params(layer).items()}
+    for path, target in targets.items():
+        adapters_alone(path, target.layer, [name])
+        check_usable(path, target, target.layer)
+        params = {bare: tensor.detach() for bare, tensor in target.params_on(target.layer).items()}
         with torch.no_grad():
-            fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": layer})
+            fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": target.layer})
         tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
     config = {**layout, **_joined(fields, layout["target_modules"])}
-    if whole := trained_paths(model, record.cfg):
+    if whole := outermost(dict.fromkeys(key.rpartition(".")[0] for key in record.whole)):
         config["modules_to_save"] = whole
         check_endings(model, whole, "modules_to_save")
-        tensors |= current(model, record.originals)
+        tensors |= current(model, record)
     write_directory(directory, model, config, tensors)
 
 

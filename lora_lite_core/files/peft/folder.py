@@ -111,9 +111,9 @@ def check_endings(model: nn.Module, whole: Collection[str], field: str) -> None:
 
 def refuse_whole_modules(record: Record) -> None:
     """A LoRA folder that servers read holds low-rank factors alone."""
-    if record.originals:
+    if record.whole:
         raise MergeError(
-            f"the adapter trains whole modules ({listed(record.originals, 3)}), which servers do not take from such a "
+            f"the adapter trains whole modules ({listed(record.whole, 3)}), which servers do not take from such a "
             "folder; export_peft writes them as modules_to_save where PEFT has the method, merge(model) keeps them"
         )
 

@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...attached.adapter import Adapter, detach
+from ...attached.adapter import Adapter
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights
 from ...attached.placing import install
-from ...attached.records import check_name, check_one_owner
-from ...attached.targeting import Found, located
+from ...attached.records import AllOrNothing, Record, check_name, check_one_owner
+from ...attached.targeting import located
 from ...attached.tensors import specs_for
-from ...attached.whole_modules import trained_tensors
+from ...attached.whole_modules import check_trainable, tensors_in, trained_copies, trained_paths
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
+from ...contract.target import Target
 from ...contract.variant import Variant
 from ...discovery.registry import get_variant, list_variants
 from ...layers.kinds import layer_sizes
@@ -37,7 +38,7 @@ class _Read:
     """What one variant makes of a directory: per module the config and the tensors."""
 
     variant: Variant
-    found: list[Found] = field(default_factory=list)
+    found: list[Target] = field(default_factory=list)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -70,28 +71,20 @@ def import_peft(
     rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
     reads = _read_all(str(directory), model, config, _by_module(str(directory), model, rest))
     reads[0].found = [replace(one, cfg=replace(one.cfg, train_modules=patterns)) for one in reads[0].found]
-    reads[0].values[""] = trained
-    _check_whole(str(directory), model, reads[0])
+    whole = _check_whole(str(directory), model, reads[0], trained)
     names = [name, *(f"{name}_{read.variant.name}" for read in reads[1:])]
-    for one in names:
-        check_name(model, one)
-    done: list[str] = []
-    try:
+    for one, read in zip(names, reads, strict=True):
+        check_name(model, one, read.variant)
+        check_has_weights(read.found)
+        if trainable:
+            check_behaviour(read.found)
+    with AllOrNothing(model):
         for one, read in zip(names, reads, strict=True):
-            check_has_weights(read.found)
-            if trainable:
-                check_behaviour(read.found)
             common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
             cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
-            install(model, read.variant, cfg, one, 0, read.found, values={"": {}, **read.values})
-            done.append(one)
-    except BaseException:
-        for one in done:
-            detach(model, one)
-        raise
-    for one in names:
-        for parameter in () if trainable else Adapter(model, one).parameters():
-            parameter.requires_grad_(False)
+            record = Record(read.variant, cfg, seed=0, whole=trained_copies(whole, trained) if one == name else {})
+            targets = [replace(target, adapter=one) for target in read.found]
+            install(model, one, record, targets, values=read.values, trainable=trainable)
     return Adapter(model, name)
 
 
@@ -112,14 +105,17 @@ def _whole_modules(
     return found, tuple(used)
 
 
-def _check_whole(where: str, model: nn.Module, read: _Read) -> None:
+def _check_whole(where: str, model: nn.Module, read: _Read, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
-        wanted = {name: tuple(t.shape) for name, t in trained_tensors(model, read.found[0].cfg).items()}
+        whole = tensors_in(model, trained_paths(model, read.found[0].cfg))
+        check_trainable(model, whole)
     except LoraLiteError as error:
         raise AdapterFileError(f"{where}: modules_to_save: {error}") from error
-    given = {name: tuple(t.shape) for name, t in read.values[""].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in trained.items()}
     if given != wanted:
         raise AdapterFileError(f"{where}: modules_to_save holds {given}, this {type(model).__name__} has {wanted}")
+    return whole
 
 
 def _by_module(where: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -151,7 +147,7 @@ def _read_all(
                 made = variant.from_peft({"config": own, "tensors": tensors, "layer": layer})
                 if made is None:
                     continue
-                target = located(path, layer, variant.Config(exclude_names=(), **made[0]))
+                target = located(path, layer, variant.Config(exclude_names=(), **made[0]), variant, "")
                 values = _checked(path, variant, target, made[1])
             except LoraLiteError as error:
                 raise AdapterFileError(f"{where}: {path}: {error}") from error
@@ -181,8 +177,8 @@ def _own_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     return found
 
 
-def _checked(path: str, variant: Variant, target: Found, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    specs = specs_for(variant, path, target.layer, target.d_in, target.d_out, target.cfg)
+def _checked(path: str, variant: Variant, target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    specs = specs_for(target)
     wanted = {bare: spec.shape for bare, spec in specs.items() if spec.persistent}
     given = {bare: tuple(tensor.shape) for bare, tensor in values.items()}
     if given != wanted:

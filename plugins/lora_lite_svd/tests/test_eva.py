@@ -108,11 +108,11 @@ def test_ranks_are_redistributed(alpha: float | None, tmp_path: Any) -> None:
     m, batches = model(), data()
     cfg = ll.EVAConfig(r=5, alpha=alpha, rho=2.0)
     adapter = ll.attach(m, cfg, calibration_data=batches)
-    ranks = {name: target.cfg.r for name, target in adapter.record.targets.items()}
+    ranks = {name: target.cfg.r for name, target in adapter.layers().items()}
     assert sum(ranks.values()) == 5 * 3
     assert max(ranks.values()) <= 10
     assert len(set(ranks.values())) > 1
-    assert {target.cfg.scale for target in adapter.record.targets.values()} == {cfg.scale}
+    assert {target.cfg.scale for target in adapter.layers().values()} == {cfg.scale}
     # The best shares of explained variance have won.
     shares = {}
     for name, X in (
@@ -142,7 +142,7 @@ def test_a_layer_may_lose_its_adapter() -> None:
     m[0].forward = lambda x: x[:, :1] * torch.linspace(1, 2, D) + 1e-3 * x  # type: ignore[method-assign]
     adapter = ll.attach(m, ll.EVAConfig(r=1, rho=2.0), calibration_data=[flat])
     assert adapter.targets in (("1",), ("0", "1"))
-    assert sum(target.cfg.r for target in adapter.record.targets.values()) == 2
+    assert sum(target.cfg.r for target in adapter.layers().values()) == 2
 
 
 def test_rho_below_one() -> None:

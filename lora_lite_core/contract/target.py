@@ -1,0 +1,83 @@
+"""Target: one adapter on one layer. Its only record: handed to `group_init`, kept on the layer, written to a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import BrokenPlugin, ModelStateError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .variant import Variant
+
+
+class Placing(Protocol):
+    """What makes a target's tensors while its adapter is being put on."""
+
+    def place_anew(self, target: Target, cfg: Any) -> None: ...
+    def drop(self, target: Target) -> None: ...
+
+
+class Params(dict[str, "Tensor"]):
+    """A target's tensors by bare name. They are changed in place: the names stand for what is on the layer."""
+
+    def __setitem__(self, key: str, value: object) -> None:
+        raise BrokenPlugin(f"target.params[{key!r}] = …: a tensor is not replaced but filled in place, with copy_()")
+
+
+@dataclass(eq=False, repr=False)
+class Target:
+    """One layer as `group_init` sees it: name, layer, d_in, d_out, its own cfg, and params by bare name."""
+
+    name: str  # the layer's dotted name
+    layer: nn.Module
+    d_in: int
+    d_out: int
+    cfg: Any  # of the variant's own class
+    variant: Variant
+    adapter: str  # the adapter's name
+    storage: str = "dense"  # how the layer keeps its weight
+    attributes: dict[str, str] = field(default_factory=dict)  # bare name → attribute, as lora_A → lora_A__style
+    saved: tuple[str, ...] = ()  # the bare names that go into a file
+    fingerprint: list[float] | None = None  # of the layer's weight, where the variant takes one
+    base_version: int = -1  # torch's count of writes to the layer's weight when the adapter was put on
+    ready: bool = True  # False from `attach` on the meta device until `initialize`
+    enabled: bool = True  # False inside disabled() and merged()
+    folded: bool = False  # True inside merged(): the layer's weight has the adapter in it
+    placing: Placing | None = None  # while group_init runs
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The adapter's tensors on this layer by bare name; to be filled in place."""
+        return Params(self.params_on(self.layer))
+
+    def params_on(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The same of a layer that may be a replica of this one; read anew at every call."""
+        return {bare: getattr(layer, attribute) for bare, attribute in self.attributes.items()}
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Replace fields of this target's config (`reconfigure(r=5, alpha=10.0)`), make its tensors anew by
+        `param_specs` and `init`, and refresh `params`. Raises ConfigError as the config does."""
+        self._open().place_anew(self, replace(self.cfg, **changes))
+
+    def drop(self) -> None:
+        """Take the adapter off this layer."""
+        self._open().drop(self)
+
+    def _open(self) -> Placing:
+        if self.placing is None:
+            raise ModelStateError(f"target {self.name} can only be changed inside group_init, once until it is dropped")
+        return self.placing
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a copy is outside of the with-blocks that the original is in."""
+        if self.folded:
+            raise ModelStateError(
+                "a copy made inside `with merged(model)` would hold the merged weights for good; leave that block first"
+            )
+        return {**vars(self), "enabled": True, "placing": None}
+
+    def __repr__(self) -> str:
+        return f"Target({self.name!r}, {self.d_in} → {self.d_out}, {self.cfg})"
