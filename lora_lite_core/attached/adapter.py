@@ -120,7 +120,7 @@ class Adapter:
 
     def save(self, path: str | PathLike[str]) -> None:
         """`save(model, path, name=…)` of this adapter."""
-        from ..files.save import save
+        from .. import save  # by its public name, as a user would: adapters on a model know nothing of files
 
         save(self.model, path, name=self.name)
 

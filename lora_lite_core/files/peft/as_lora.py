@@ -62,11 +62,12 @@ def export_lora(
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
     refuse_whole_modules(record)
-    fields = layout_fields(model, record.layers)
-    parts = {path: _change(model, path, name, tol) for path in record.layers}
+    targets = targets_of(model, name)
+    fields = layout_fields(model, targets)
+    parts = {path: _change(model, path, name, tol) for path in targets}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
-        own = {path: getattr(target.cfg, "r", 0) for path, target in targets_of(model, name).items()}
+        own = {path: getattr(target.cfg, "r", 0) for path, target in targets.items()}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
     tensors: dict[str, Tensor] = {}
     result = LoRAExport(Path(directory), size)
