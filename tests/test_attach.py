@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -725,3 +726,74 @@ def test_meta_takes_calibration_data_later(registered: Any, toy: SimpleNamespace
     assert not adapter.record.ready
     adapter.initialize([token_ids()])
     assert torch.equal(outputs(model), outputs(net()))
+
+
+def replace_in_params(target: ll.Target) -> None:
+    target.params["lora_h"] = torch.zeros(3)
+
+
+def replace_on_layer(target: ll.Target) -> None:
+    target.layer.lora_h = nn.Parameter(torch.zeros_like(target.layer.lora_h))
+
+
+def reshape(target: ll.Target) -> None:
+    target.params["lora_h"].data = torch.zeros(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_in_params, r"target.params\['lora_h'\] = …: a tensor is not replaced but filled in place"),
+        (replace_on_layer, r"group_init of variant 'toy', on .*, replaced params\['lora_h'\]"),
+        (reshape, r"gave lora_h the shape \(3, 3\) by .data = …, where param_specs says \(16,\)"),
+    ],
+)
+def test_group_init_fills_in_place(registered: Any, toy: Any, change: Any, message: str) -> None:
+    @ll.hookimpl
+    def group_init(targets: tuple[ll.Target, ...]) -> None:
+        change(targets[0])
+
+    toy.group_init = group_init
+    registered(toy, name="toy")
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ll.BrokenPlugin, match=message):
+        ll.attach(model, toy.Config())
+    assert snapshot(model) == before
+
+
+def test_init_may_not_reshape_either(registered: Any, toy: Any) -> None:
+    @ll.hookimpl
+    def init(params: dict[str, torch.Tensor]) -> None:
+        params["lora_h"].data = torch.zeros(3, 3)
+
+    toy.init = init
+    registered(toy, name="toy")
+    with pytest.raises(ll.BrokenPlugin, match=r"init of variant 'toy' gave lora_h the shape \(3, 3\)"):
+        ll.attach(net(), toy.Config())
+
+
+def test_a_files_values_stand_before_init_and_after_it(registered: Any, toy: Any, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    @ll.hookimpl
+    def param_specs(d_out: int) -> dict[str, ll.ParamSpec]:
+        unsaved = ll.ParamSpec((d_out,), init="ones", trainable=False, persistent=False)
+        return {"lora_h": ll.ParamSpec((d_out,)), "lora_n": unsaved}
+
+    @ll.hookimpl
+    def init(params: dict[str, torch.Tensor]) -> None:
+        seen.append(params["lora_h"].clone())
+        params["lora_n"].mul_(params["lora_h"] + 1)
+        params["lora_h"].zero_()
+
+    toy.param_specs, toy.init = param_specs, init
+    registered(toy, name="toy")
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapter = ll.attach(model, toy.Config())
+    next(adapter.parameters()).data.fill_(2)
+    adapter.save(tmp_path / "a.safetensors")
+    loaded = dict(ll.load(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a.safetensors").named_tensors())
+    assert torch.equal(seen[-1], torch.full((4,), 2.0))
+    assert torch.equal(loaded["0.lora_h"], torch.full((4,), 2.0))
+    assert torch.equal(loaded["0.lora_n"], torch.full((4,), 3.0))

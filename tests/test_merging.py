@@ -270,3 +270,69 @@ def test_a_model_that_moves_while_it_is_merged() -> None:
         model.double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+# --- hooks of the user on an adapted layer: merged only where the merged weight computes the same -----------------
+
+
+def halve_input(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+    return (torch.tanh(args[0]),)
+
+
+def square_output(layer: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+    return y * y.abs()
+
+
+def hook_on(layer: nn.Module, side: str) -> None:
+    if side == "input":
+        layer.register_forward_pre_hook(halve_input)
+    else:
+        layer.register_forward_hook(square_output)
+
+
+@pytest.mark.parametrize("name", ["lora", "hra", "ia3_ff", "oft", "dora"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_beside_a_hook_it_computes_the_same_or_is_refused(name: str, when: str, side: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(10, 64)
+    if when == "before":
+        hook_on(model[0], side)
+    adapter = ll.attach(model, config(name))
+    if when == "after":
+        hook_on(model[0], side)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        expected = model(x)
+        variant = ll.get_variant(name)
+        between = side == "input" and when == "after" and variant.forward_input is not None
+        between |= side == "output" and when == "before" and variant.forward is not None
+        if between:
+            for use in (lambda: ll.merge(model), lambda: ll.merged(model).__enter__()):
+                with pytest.raises(ll.MergeError, match=r"0 has a hook that is not ours \((halve|square)_"):
+                    use()
+            assert torch.equal(model(x), expected)
+            return
+        with ll.merged(model):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        ll.merge(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_adapter_that_says_it_is_not_affine_is_refused(registered: Any, toy: SimpleNamespace) -> None:
+    toy.AFFINE = False
+    registered(toy, name="toy")
+    model = net()
+    ll.attach(model, toy.Config())
+    with pytest.raises(ll.MergeError, match=r"as the variant says of itself \(AFFINE = False\)"):
+        ll.merge(model)
+
+
+def test_merging_does_not_depend_on_the_mode_and_leaves_it() -> None:
+    for training in (True, False):
+        model, _ = trained("lora")
+        model.train(training)
+        ll.merge(model)
+        assert model.training is training
+        assert model[0].training is training
