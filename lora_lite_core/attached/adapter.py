@@ -16,13 +16,14 @@ from ..contract.errors import CalibrationError, ModelStateError
 from ..contract.target import Target
 from ..contract.text import count
 from ..layers.kinds import layer_device
-from .base_check import Reaction, check_reaction, refresh
 from .model_checks import (
+    Reaction,
     check_attachable,
     check_behaviour,
     check_calibration,
     check_has_weights,
     check_not_sharded,
+    check_reaction,
     check_seed,
     check_takes_parameters,
     variant_of,
@@ -30,6 +31,7 @@ from .model_checks import (
 from .placing import install, switch_off, switch_on, uninstall
 from .records import (
     Record,
+    Whole,
     check_name,
     check_one_owner,
     check_outside,
@@ -40,7 +42,6 @@ from .records import (
     targets_of,
 )
 from .targeting import find_targets
-from .whole_modules import check_trainable, current, tensors_in, trained_copies, trained_paths
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -78,7 +79,7 @@ class Adapter:
         for layer_name, target in self.layers().items():
             for bare, tensor in target.params_on(target.layer).items():
                 yield f"{layer_name}.{bare}", tensor
-        yield from current(self.model, self.record).items()
+        yield from self._whole().items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to train, for an optimizer."""
@@ -116,6 +117,8 @@ class Adapter:
         if not self.record.ready:
             raise ModelStateError(f"adapter '{self.name}' has no values yet; call initialize() first")
         check_outside(self.model, "merged")
+        from .base_check import refresh
+
         return refresh(self.model, self.name, on_base_mismatch)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -128,6 +131,14 @@ class Adapter:
         """`detach(model, name)` of this adapter."""
         detach(self.model, self.name)
 
+    def _whole(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of modules that are trained whole, by full name."""
+        if not self.record.whole:
+            return {}
+        from .whole_modules import current
+
+        return current(self.model, self.record)
+
     def __repr__(self) -> str:
         if self.name not in records_of(self.model).adapters:
             return f"<Adapter '{self.name}': detached>"
@@ -135,7 +146,7 @@ class Adapter:
         targets = [target for target in present.values() if target is not None]
         gone = f", {len(present) - len(targets)} of them replaced since" if len(targets) < len(present) else ""
         tensors = [t for target in targets for t in target.params_on(target.layer).values()]
-        tensors += [] if gone else current(self.model, record).values()
+        tensors += [] if gone else self._whole().values()
         trained = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         ranks = sorted({target.cfg.r for target in targets if isinstance(target.cfg, RankConfig)})
@@ -178,8 +189,11 @@ def attach(
     check_name(model, name)
     check_seed(seed)
     targets = find_targets(model, cfg, variant, name)
-    whole = tensors_in(model, trained_paths(model, cfg))
-    check_trainable(model, whole)
+    whole: dict[str, Whole] = {}
+    if cfg.train_modules:
+        from .whole_modules import whole_copies
+
+        whole = whole_copies(model, cfg)
     check_calibration(variant, calibration_data)
     check_behaviour(targets)
     if check_inputs is not None:
@@ -192,7 +206,7 @@ def attach(
             "the model is on the meta device and cannot be calibrated yet; "
             "give the data to adapter.initialize(calibration_data=…) once its weights are there"
         )
-    record = Record(variant, cfg, seed, ready=not on_meta, whole=trained_copies(whole))
+    record = Record(variant, cfg, seed, ready=not on_meta, whole=whole)
     install(model, name, record, targets, calibration_data=calibration_data)
     return Adapter(model, name)
 

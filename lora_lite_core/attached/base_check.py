@@ -5,39 +5,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.errors import BaseMismatch, BrokenPlugin, ConfigError, ModelStateError, listed
+from ..contract.errors import BaseMismatch, listed
 from ..contract.target import Target
 from ..contract.text import count
 from ..layers.kinds import storage_of
 from ..layers.weight_sketch import sketch_distance, sketch_tolerance
-from .records import check_outside, record_of, records_of, targets_of
-from .tensors import make_tensors, specs_for
+from .model_checks import Reaction
+from .records import record_of, records_of, targets_of
+from .tensors import make_tensors, specs_for, take_fingerprint, weight_version
 
-Reaction = Literal["error", "warn", "ignore"]
 Saved = Mapping[str, tuple["list[float] | None", str]]  # by target: fingerprint and storage then
-
-
-def check_reaction(reaction: object) -> None:
-    if reaction not in ("error", "warn", "ignore"):
-        raise ConfigError(f"on_base_mismatch={reaction!r}; give 'error', 'warn' or 'ignore'")
-
-
-def take_fingerprint(target: Target) -> list[float] | None:
-    """What the adapter assumes about this layer, as plain floats for a file's header."""
-    if target.variant.fingerprint is None:
-        return None
-    with torch.no_grad():
-        value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
-    if value is not None and not isinstance(value, Tensor):
-        raise BrokenPlugin(
-            f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
-        )
-    return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]
 
 
 def check_base(what: str, targets: Iterable[Target], saved: Saved, reaction: Reaction) -> None:
@@ -89,19 +71,9 @@ def refresh(model: nn.Module, name: str, reaction: Reaction) -> list[str]:
     return list(changed)
 
 
-def watch_base(model: nn.Module) -> tuple[Any, ...]:
-    """Handles of two hooks that notice `model.load_state_dict` under an adapter."""
-    return (
-        model.register_load_state_dict_pre_hook(_before_loading),
-        model.register_load_state_dict_post_hook(_after_loading),
-    )
-
-
-def _before_loading(model: nn.Module, *_: Any) -> None:
-    try:
-        check_outside(model, "merged")
-    except ModelStateError as error:
-        raise ModelStateError(f"load_state_dict: {error}; the weights loaded here would be gone after it") from None
+def watch_base(model: nn.Module) -> Any:
+    """The handle of a hook that notices `model.load_state_dict` under an adapter."""
+    return model.register_load_state_dict_post_hook(_after_loading)
 
 
 def _after_loading(model: nn.Module, _: Any) -> None:
@@ -128,12 +100,6 @@ def warn_if_stale(model: nn.Module, name: str, *, stacklevel: int) -> None:
             "attach it then",
             stacklevel=stacklevel,
         )
-
-
-def weight_version(layer: nn.Module) -> int:
-    """How often torch has seen the layer's weight written in place."""
-    weight = layer._parameters.get("weight")
-    return -1 if weight is None else weight._version
 
 
 def _is_stale(model: nn.Module, target: Target) -> bool:

@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ..layers.kinds import layer_device, storage_of
 from .records import check_outside
 from .targeting import check_layer
 
+Reaction = Literal["error", "warn", "ignore"]  # to an adapter that was made on another base model
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
 
@@ -141,3 +142,8 @@ def check_has_weights(targets: Iterable[Target]) -> None:
             raise ModelStateError(
                 f"{target.name} is on the meta device and has no weights yet; load the base model's weights first"
             )
+
+
+def check_reaction(reaction: object) -> None:
+    if reaction not in ("error", "warn", "ignore"):
+        raise ConfigError(f"on_base_mismatch={reaction!r}; give 'error', 'warn' or 'ignore'")

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from ..contract.errors import AdapterNameError, BrokenPlugin, TargetError
 from ..contract.target import Target
 from ..layers.four_bit_packing import keep_unpacked, let_pack
-from .base_check import take_fingerprint, watch_base, weight_version
 from .forward_hooks import add_target, remove_target, targets_on
 from .records import RECORDS, AllOrNothing, Record, present_targets, record_of, records_of
-from .tensors import Made, as_made, attribute_name, check_in_place, make_tensors, register_tensor, specs_for, zeros_for
-from .whole_modules import check_untrained, current, put_base, put_trained, tensor_at
+from .tensors import (
+    Made,
+    as_made,
+    attribute_name,
+    check_in_place,
+    make_tensors,
+    register_tensor,
+    specs_for,
+    take_fingerprint,
+    weight_version,
+    zeros_for,
+)
 
 Values = Mapping[str, Mapping[str, Tensor]]  # by target and bare name
 
@@ -36,7 +45,10 @@ def install(
     where the record is not ready. One of the same name that has been waiting makes room. The model is as before if
     anything fails."""
     targets = list(targets)
-    check_untrained(model, (*record.whole, *(target.name for target in targets)))
+    if any(other.whole for other in records_of(model).adapters.values()):
+        from .whole_modules import check_untrained
+
+        check_untrained(model, (*record.whole, *(target.name for target in targets)))
     unpacked = keep_unpacked(model)
     with AllOrNothing(model, undo=lambda: let_pack(model, unpacked)):
         if name in records_of(model).adapters:
@@ -81,10 +93,7 @@ def _switch(model: nn.Module, name: str) -> None:
         for target in present_targets(model, name).values():
             if target is not None:
                 target.enabled = running
-        if running:
-            put_trained(model, record)
-        else:
-            put_base(model, record)
+        _put_whole(model, record, trained=running)
         if running == (not record.blocks):
             return
 
@@ -96,7 +105,7 @@ def take_off(model: nn.Module, name: str) -> None:
             remove_target(target.layer, name)
             remove_tensors(target)
     records = records_of(model)
-    put_base(model, records.adapters[name])
+    _put_whole(model, records.adapters[name], trained=False)
     left = {other: record for other, record in records.adapters.items() if other != name}
     vars(model)[RECORDS] = replace(records, adapters=left)
 
@@ -109,6 +118,7 @@ def remove_tensors(target: Target) -> None:
 
 def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Target], trainable: bool) -> None:
     """From here on the adapter runs, what is not an adapter is frozen, and the model remembers."""
+    first = RECORDS not in vars(model)
     record.layers = tuple(target.name for target in targets)
     for target in targets:
         target.ready, target.placing = record.ready, None
@@ -116,14 +126,26 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
             target.fingerprint, target.base_version = take_fingerprint(target), weight_version(target.layer)
         add_target(target)
     records = records_of(model)
-    if not records.adapters:
-        records = replace(records, handles=watch_base(model))
+    takes_from_base = any(target.fingerprint or len(target.saved) < len(target.attributes) for target in targets)
+    if takes_from_base and not records.handles:
+        from .base_check import watch_base
+
+        records = replace(records, handles=(watch_base(model),))
     vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record})
-    put_trained(model, record)
-    _freeze(model, record, first=not records.adapters)
-    if not trainable:
-        for tensor in (*(t for target in targets for t in target.params.values()), *current(model, record).values()):
-            tensor.requires_grad = False
+    _freeze(model, record, first)
+    made = [tensor for target in targets for tensor in target.params.values()]
+    made += [whole.trained for whole in record.whole.values() if whole.trained is not None]
+    for tensor in () if trainable else made:
+        tensor.requires_grad = False
+    _put_whole(model, record, trained=True)
+
+
+def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
+    """What is trained whole in its places, or what the base has there. May be repeated."""
+    if record.whole:
+        from .whole_modules import put_base, put_trained
+
+        (put_trained if trained else put_base)(model, record)
 
 
 def _freeze(model: nn.Module, record: Record, first: bool) -> None:
@@ -145,9 +167,10 @@ def _freeze(model: nn.Module, record: Record, first: bool) -> None:
 def _release(model: nn.Module) -> None:
     """What the first `install` has turned off is turned on again, and nothing of ours stays on the model."""
     records = records_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in records.frozen:
-        if isinstance(parameter := tensor_at(model, name), nn.Parameter):
-            parameter.requires_grad = True
+        if name in parameters:
+            parameters[name].requires_grad = True
     for handle in records.handles:
         handle.remove()
     let_pack(model, list(records.unpacked))

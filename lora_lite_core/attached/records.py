@@ -26,6 +26,12 @@ class Whole:
     base: Tensor
     trained: Tensor | None  # None while it is in place
 
+    @classmethod
+    def trained_from(cls, base: Tensor, values: Tensor) -> Whole:
+        """A trainable copy of the base's tensor, with these values."""
+        copy = base.detach().clone().copy_(values.detach())
+        return cls(base, nn.Parameter(copy) if isinstance(base, nn.Parameter) else copy)
+
 
 @dataclass
 class Record:

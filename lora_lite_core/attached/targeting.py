@@ -13,7 +13,6 @@ from ..contract.errors import TargetError, UnsupportedLayer, closest, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..layers.kinds import is_a, layer_sizes, storage_of
-from .whole_modules import is_inside, trained_paths
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
@@ -34,11 +33,15 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     if not linear:
         raise TargetError(f"{type(model).__name__} has no linear layer that an adapter could go on")
     head = _head(model)
-    whole = trained_paths(model, cfg)
+    whole: list[str] = []
+    if cfg.train_modules:
+        from .whole_modules import trained_paths
+
+        whole = trained_paths(model, cfg)
     allowed = {
         name: layer
         for name, layer in linear.items()
-        if not _excluded(head, name, layer, cfg) and not is_inside(name, whole)
+        if not _excluded(head, name, layer, cfg) and not _is_inside(name, whole)
     }
     _check_excludes(model, cfg)
     chosen = _by_pattern(model, cfg, linear, allowed)
@@ -112,6 +115,10 @@ def _excluded(head: nn.Module | None, name: str, layer: nn.Module, cfg: AdapterC
     if any(re.search(pattern, name) for pattern in cfg.exclude_names):
         return True
     return bool(cfg.exclude_names) and layer is head
+
+
+def _is_inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
 def _check_excludes(model: nn.Module, cfg: AdapterConfig) -> None:

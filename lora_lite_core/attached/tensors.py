@@ -147,3 +147,22 @@ def register_tensor(layer: nn.Module, attribute: str, spec: ParamSpec, tensor: T
         layer.register_buffer(attribute, tensor, persistent=spec.persistent)
     else:
         layer.register_parameter(attribute, nn.Parameter(tensor, requires_grad=bool(spec.trainable)))
+
+
+def take_fingerprint(target: Target) -> list[float] | None:
+    """What the adapter assumes about this layer, as plain floats for a file's header."""
+    if target.variant.fingerprint is None:
+        return None
+    with torch.no_grad():
+        value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
+    if value is not None and not isinstance(value, Tensor):
+        raise BrokenPlugin(
+            f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
+        )
+    return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]
+
+
+def weight_version(layer: nn.Module) -> int:
+    """How often torch has seen the layer's weight written in place."""
+    weight = layer._parameters.get("weight")
+    return -1 if weight is None else weight._version

@@ -35,10 +35,6 @@ def outermost(names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def is_inside(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
-
-
 def tensors_in(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
     """The base's parameters and saved buffers in these modules by their full names."""
     found: dict[str, Tensor] = {}
@@ -72,15 +68,11 @@ def check_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise TargetError(f"train_modules: {name} is also {shared[0]}, which would no longer be tied to it")
 
 
-def trained_copies(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> dict[str, Whole]:
-    """Trainable copies of these tensors of the base, with the values of a file where there are some."""
-    made: dict[str, Whole] = {}
-    for name, tensor in tensors.items():
-        copy = tensor.detach().clone()
-        if values is not None:
-            copy.copy_(values[name])
-        made[name] = Whole(tensor, nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy)
-    return made
+def whole_copies(model: nn.Module, cfg: AdapterConfig) -> dict[str, Whole]:
+    """What a new adapter with this config trains whole."""
+    tensors = tensors_in(model, trained_paths(model, cfg))
+    check_trainable(model, tensors)
+    return {name: Whole.trained_from(tensor, tensor) for name, tensor in tensors.items()}
 
 
 def put_trained(model: nn.Module, record: Record) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,13 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..attached.adapter import Adapter
-from ..attached.base_check import Reaction, check_base, check_reaction
-from ..attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
+from ..attached.model_checks import (
+    Reaction,
+    check_attachable,
+    check_behaviour,
+    check_has_weights,
+    check_reaction,
+    check_takes_parameters,
+)
 from ..attached.placing import install
-from ..attached.records import Record, check_name, check_one_owner
+from ..attached.records import Record, Whole, check_name, check_one_owner
 from ..attached.targeting import located
 from ..attached.tensors import specs_for
-from ..attached.whole_modules import check_trainable, tensors_in, trained_copies
 from ..contract.config import AdapterConfig
 from ..contract.errors import (
     AdapterFileError,
@@ -71,11 +75,19 @@ def load(
     check_has_weights(targets)
     if trainable:
         check_behaviour(targets)
-    whole = _whole_modules(file, model, cfg)
-    values = _values_of(file, tensors, targets, whole)
+    base: Mapping[str, Tensor] = {}
+    if cfg.train_modules:
+        from .whole_modules import trained_whole
+
+        base = trained_whole(file, model, cfg)
+    values = _values_of(file, tensors, targets, base)
     saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
-    check_base(str(file.path), targets, saved, on_base_mismatch)
-    record = Record(variant, cfg, file.seed, whole=trained_copies(whole, tensors))
+    if any(fingerprint for fingerprint, _ in saved.values()):
+        from ..attached.base_check import check_base
+
+        check_base(str(file.path), targets, saved, on_base_mismatch)
+    whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
+    record = Record(variant, cfg, file.seed, whole=whole)
     install(model, name, record, targets, values=values, trainable=trainable)
     return Adapter(model, name)
 
@@ -137,30 +149,6 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         raise AdapterFileError(
             f"a target's own config {dict(changes)} does not fit {type(cfg).__name__}: {error}"
         ) from error
-
-
-def _whole_modules(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
-    """The base's tensors that the file trains whole. Which ones is said by exact patterns, as `save` writes them; for
-    those of earlier files by the names of the file's tensors."""
-    layers = dict(model.named_modules())
-    paths = [name for pattern in cfg.train_modules if (name := exact_name(pattern))]
-    if len(paths) < len(cfg.train_modules):
-        owners = (key.rpartition(".") for key in file.tensors)
-        paths = list(dict.fromkeys(path for path, _, name in owners if not name.startswith("lora_")))
-    if missing := [path for path in paths if path not in layers]:
-        raise AdapterFileError(
-            f"{file.path} trains {listed(missing, 3)} whole, which this {type(model).__name__} does not have"
-            f"{did_you_mean(missing[0], layers)}"
-        )
-    found = tensors_in(model, paths) if cfg.train_modules else {}
-    check_trainable(model, found)
-    return found
-
-
-def exact_name(pattern: str) -> str | None:
-    """The one name that a pattern of the form ^…$ without any operator matches."""
-    name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
-    return name if pattern == f"^{re.escape(name)}$" else None
 
 
 def _read_tensors(file: AdapterFile) -> dict[str, Tensor]:

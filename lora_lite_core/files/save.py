@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,8 @@ from importlib_metadata import version
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..attached.base_check import warn_if_stale
 from ..attached.model_checks import check_not_sharded
-from ..attached.records import Record, check_outside, record_of, targets_of
-from ..attached.whole_modules import current, outermost
+from ..attached.records import Record, check_outside, record_of, records_of, targets_of
 from ..contract.config import overrides
 from ..contract.errors import (
     AdapterFileError,
@@ -38,7 +35,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         check_outside(model)  # the trained modules are not in their place there
     check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
     targets = targets_of(model, name)
-    warn_if_stale(model, name, stacklevel=3)
+    if records_of(model).handles:  # something was taken from the base
+        from ..attached.base_check import warn_if_stale
+
+        warn_if_stale(model, name, stacklevel=3)
     path = Path(path).resolve()  # a link stays a link
     if path.suffix != ".safetensors":
         raise AdapterFileError(
@@ -51,7 +51,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         f"{layer_name}.{bare}": target.params_on(target.layer)[bare]
         for layer_name, target in targets.items()
         for bare in target.saved
-    } | current(model, record)
+    }
+    if record.whole:
+        from ..attached.whole_modules import current
+
+        tensors |= current(model, record)
     # A copy each: safetensors refuses tensors that share storage or are not contiguous.
     copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     _write(path, copies, _metadata(record, targets))
@@ -68,11 +72,14 @@ def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
         }
         for name, target in targets.items()
     }
-    # Of modules that are trained whole the names are written, not the patterns that have found them.
-    whole = outermost(dict.fromkeys(name.rpartition(".")[0] for name in record.whole))
+    whole: list[str] = []
+    if record.whole:
+        from .whole_modules import exact_patterns
+
+        whole = exact_patterns(record.whole)  # names, not the patterns that have found them
     adapter = {
         "variant": record.variant.name,
-        "config": {**record.cfg.to_dict(), "train_modules": [f"^{re.escape(path)}$" for path in whole]},
+        "config": {**record.cfg.to_dict(), "train_modules": whole},
         "targets": described,
         "seed": record.seed,
         "core_version": version("lora-lite-core"),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..attached.model_checks import check_attachable
 from ..attached.placing import switch_off, switch_on, uninstall
 from ..attached.records import AllOrNothing, names_of, present_targets, record_of, targets_of
 from ..attached.whole_modules import current, place, put_trained, tensor_at
-from ..contract.errors import MergeError
+from ..contract.errors import MergeError, ModelStateError
 from ..layers.kinds import is_conv1d, storage_of
 from ..layers.weight import base_forward
 from .affine_map import AffineMap, adapted_map, adapters_alone, listed_variants
@@ -70,7 +71,7 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
     names = names_of(model, name)
     folds = _folds(model, names, to_dense=False)
     kept = [dict(fold.layer._parameters) for fold in folds]
-    block = object()
+    block, loading = object(), model.register_load_state_dict_pre_hook(_refuse_loading)
     try:
         try:
             for one in names:
@@ -83,8 +84,10 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
             yield
         finally:  # twice, so that an interrupt in the first is made good by the second
             _leave(model, names, block, folds, kept)
+            loading.remove()
     finally:
         _leave(model, names, block, folds, kept)
+        loading.remove()
 
 
 def _leave(
@@ -102,6 +105,12 @@ def _leave(
             if target is not None:
                 target.folded = False
         switch_on(model, one, block)
+
+
+def _refuse_loading(*_: Any) -> None:
+    raise ModelStateError(
+        "load_state_dict inside `with merged(model)`: what is loaded would be gone after it; leave that block first"
+    )
 
 
 def _folds(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:

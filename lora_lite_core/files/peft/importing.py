@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ...attached.adapter import Adapter
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights
 from ...attached.placing import install
-from ...attached.records import AllOrNothing, Record, check_name, check_one_owner
+from ...attached.records import AllOrNothing, Record, Whole, check_name, check_one_owner
 from ...attached.targeting import located
 from ...attached.tensors import specs_for
-from ...attached.whole_modules import check_trainable, tensors_in, trained_copies, trained_paths
+from ...attached.whole_modules import check_trainable, tensors_in, trained_paths
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.variant import Variant
@@ -78,11 +78,17 @@ def import_peft(
         check_has_weights(read.found)
         if trainable:
             check_behaviour(read.found)
+    heads = {key: Whole.trained_from(tensor, trained[key]) for key, tensor in whole.items()}
     with AllOrNothing(model):
         for one, read in zip(names, reads, strict=True):
             common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
             cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
-            record = Record(read.variant, cfg, seed=0, whole=trained_copies(whole, trained) if one == name else {})
+            record = Record(
+                read.variant,
+                cfg,
+                seed=0,
+                whole=heads if one == name else {},
+            )
             targets = [replace(target, adapter=one) for target in read.found]
             install(model, one, record, targets, values=read.values, trainable=trainable)
     return Adapter(model, name)

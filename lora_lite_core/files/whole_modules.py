@@ -1,0 +1,43 @@
+"""Which whole modules an adapter file trains: by names, never by running a pattern of the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..attached.whole_modules import check_trainable, outermost, tensors_in
+from ..contract.config import AdapterConfig
+from ..contract.errors import AdapterFileError, did_you_mean, listed
+from .format import AdapterFile
+
+
+def exact_patterns(tensor_names: Iterable[str]) -> list[str]:
+    """Patterns that match the modules of these tensors and nothing else."""
+    paths = outermost(dict.fromkeys(name.rpartition(".")[0] for name in tensor_names))
+    return [f"^{re.escape(path)}$" for path in paths]
+
+
+def trained_whole(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
+    """The base's tensors that the file trains whole. Which ones is said by exact patterns, as `save` writes them; for
+    those of earlier files by the names of the file's tensors."""
+    layers = dict(model.named_modules())
+    paths = [name for pattern in cfg.train_modules if (name := exact_name(pattern))]
+    if len(paths) < len(cfg.train_modules):
+        owners = (key.rpartition(".") for key in file.tensors)
+        paths = list(dict.fromkeys(path for path, _, name in owners if not name.startswith("lora_")))
+    if missing := [path for path in paths if path not in layers]:
+        raise AdapterFileError(
+            f"{file.path} trains {listed(missing, 3)} whole, which this {type(model).__name__} does not have"
+            f"{did_you_mean(missing[0], layers)}"
+        )
+    found = tensors_in(model, paths) if cfg.train_modules else {}
+    check_trainable(model, found)
+    return found
+
+
+def exact_name(pattern: str) -> str | None:
+    """The one name that a pattern of the form ^…$ without any operator matches."""
+    name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+    return name if pattern == f"^{re.escape(name)}$" else None
