@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, LoraLiteError, did_you_mean
+from .text import told
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ OTHER_NAMES = {
     "layers_to_transform": "layers",
     "use_rslora": "rslora",
 }
+_patterns_are_run: ContextVar[bool] = ContextVar("_patterns_are_run", default=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class AdapterConfig:
     layers: tuple[int, ...] | None = None
     train_modules: tuple[str, ...] = ()
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
+    def __new__(cls, /, *args: Any, **given: Any) -> Self:
         # Here, because the generated __init__ would answer with a bare TypeError and no suggestion.
         known = [f.name for f in fields(cls)]
         if args:
@@ -79,7 +82,8 @@ class AdapterConfig:
             if role not in ROLES:
                 raise ConfigError(f"no role is called '{role}'{did_you_mean(role, ROLES)}\n  roles: {', '.join(ROLES)}")
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            given: Any = [self.layers] if isinstance(self.layers, int) else self.layers
+            layers = tuple(given) if isinstance(given, Iterable) else ()
             if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
                 raise ConfigError(
                     f"{type(self).__name__}(layers={self.layers!r}): give block numbers from 0, or None for all"
@@ -164,9 +168,14 @@ class LowRankConfig(RankConfig):
         return (("r", self.rank_pattern), ("alpha", self.alpha_pattern))
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Is the pattern found in the dotted name? ConfigError where it is no regular expression."""
+    return _compiled(pattern).search(name) is not None
+
+
 def _first(table: Mapping[str, Any], name: str) -> Any:
     """The value of the first pattern that matches the name, or None."""
-    return next((value for pattern, value in table.items() if re.search(pattern, name)), None)
+    return next((value for pattern, value in table.items() if matches(pattern, name)), None)
 
 
 def overrides(cfg: AdapterConfig, of: AdapterConfig) -> dict[str, Any]:
@@ -176,10 +185,42 @@ def overrides(cfg: AdapterConfig, of: AdapterConfig) -> dict[str, Any]:
 
 
 def check_pattern(cfg: AdapterConfig, pattern: str) -> None:
+    if not _patterns_are_run.get():
+        return
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{type(cfg).__name__}: {pattern!r} is not a regular expression: {error}") from None
+        _compiled(pattern)
+    except ConfigError as error:
+        raise ConfigError(f"{type(cfg).__name__}: {error}") from None
+
+
+def config_from_file(Config: type[AdapterConfig], fields: Mapping[str, Any]) -> AdapterConfig:
+    """The config that a file holds. Its patterns are text, not compiled: a file names its layers, and a pattern can be
+    made to take for ever. ConfigError for whatever the class makes of fields that do not fit it."""
+    return _quietly(Config.__name__, lambda: Config(**{key: fields[key] for key in fields if key != "variant"}))
+
+
+def changed_by_file(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
+    """The config with a target's own fields, as `config_from_file` reads them."""
+    return _quietly(type(cfg).__name__, lambda: replace(cfg, **changes)) if changes else cfg
+
+
+def _quietly(name: str, make: Callable[[], AdapterConfig]) -> AdapterConfig:
+    token = _patterns_are_run.set(False)
+    try:
+        return make()
+    except LoraLiteError:
+        raise
+    except Exception as error:  # of a check that the variant's author has written
+        raise ConfigError(f"{name}: {told(error)}") from error
+    finally:
+        _patterns_are_run.reset(token)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def _strings(cfg: AdapterConfig, name: str) -> tuple[str, ...]:

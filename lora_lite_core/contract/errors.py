@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+from .text import paragraphs
 
 
 class LoraLiteError(Exception):
-    """Base of every error that lora-lite raises on purpose."""
+    """Base of every error that lora-lite raises on purpose.
+
+    Its message may quote what a file or a package says: what a terminal would obey is escaped, and the text is cut.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(paragraphs(part) if isinstance(part, str) else part for part in args))
 
     def __str__(self) -> str:
         # KeyError's own __str__ would show the repr of the message, with \n escaped.
@@ -67,8 +76,11 @@ class AdapterFileError(LoraLiteError, ValueError):
 
 
 def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The known words most like `word`, best first; case is ignored."""
-    by_lower = {name.lower(): name for name in known}
+    """The known words most like `word`, best first; case is ignored. Looks at 5,000 of them, and at none for a word
+    that nobody has typed."""
+    if len(word) > 200:
+        return []
+    by_lower = {name.lower(): name for name in islice(known, 5000) if len(name) <= 200}
     return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, count, 0.6)]
 
 

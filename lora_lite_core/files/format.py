@@ -1,20 +1,24 @@
 """The adapter file: safetensors with a JSON header. Reading the header needs no torch.
 
-tensors    "<layer>.<bare name>", as model.layers.0.self_attn.q_proj.lora_A; bare whatever the adapter's name was
+tensors    "<layer>.<bare name>", as model.layers.0.self_attn.q_proj.lora_A; bare whatever the adapter's name was; those
+           of modules that are trained whole by their full names
 metadata   {"format": "lora-lite", "format_version": "1", "adapter": JSON of the fields of AdapterFile below}
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..contract.errors import AdapterFileError, listed
-from ..contract.text import count, table
+from ..contract.text import count, is_variant_name, plain, table
+from ..contract.untrusted import collector_paused, parse_json, typed
+from .tensor_file import TensorFile, open_tensors
 
 FORMAT = "lora-lite"
 FORMAT_VERSION = 1
@@ -26,6 +30,7 @@ class AdapterFile:
 
     targets  {layer: {"d_in", "d_out", "storage", "overrides": {…}, "fingerprint": […] or None}}
     tensors  {key: (dtype as safetensors writes it, shape)}
+    size     of the file in bytes
     """
 
     path: Path
@@ -36,6 +41,7 @@ class AdapterFile:
     core_version: str
     plugin: dict[str, str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -50,22 +56,30 @@ class AdapterFile:
             "tensors": {key: {"dtype": dtype, "shape": list(shape)} for key, (dtype, shape) in self.tensors.items()},
         }
 
+    @property
+    def untargeted(self) -> tuple[str, ...]:
+        """The tensors that lie on none of the targets: those of modules that are trained whole."""
+        return tuple(key for key in self.tensors if key.rpartition(".")[0] not in self.targets)
+
     def __str__(self) -> str:
         plugin = " ".join(part for part in self.plugin.values() if part) or "registered by hand"
         fields = ", ".join(f"{key}={value!r}" for key, value in self.config.items() if key != "variant")
         numbers = sum(prod(shape) for _, shape in self.tensors.values())
+        shapes: dict[str, list[str]] = {}
+        for key, (dtype, shape) in self.tensors.items():
+            layer, _, bare = key.rpartition(".")
+            shapes.setdefault(layer, []).append(f"{bare}{list(shape)}:{dtype}")
         rows = []
         for name, target in self.targets.items():
-            of_layer = {k.removeprefix(f"{name}."): v for k, v in self.tensors.items() if k.rpartition(".")[0] == name}
-            shapes = " ".join(f"{bare}{list(shape)}:{dtype}" for bare, (dtype, shape) in of_layer.items())
             checked = "yes" if target["fingerprint"] else "no"
             own = " ".join(f"{key}={value}" for key, value in target["overrides"].items())
-            rows.append((name, f"{target['d_in']} → {target['d_out']}", target["storage"], checked, own or "–", shapes))
+            held = " ".join(shapes.get(name, ()))
+            rows.append((name, f"{target['d_in']} → {target['d_out']}", target["storage"], checked, own or "–", held))
         return (
-            f"{self.path}: {self.variant} ({plugin}), {count(len(self.targets), 'layer')}, "
-            f"{count(len(self.tensors), 'tensor')}, {numbers:,} numbers, {self.path.stat().st_size:,} bytes\n"
-            f"config: {fields}\n"
-            f"written by lora-lite-core {self.core_version}, seed {self.seed}\n\n"
+            f"{plain(self.path)}: {self.variant} ({plain(plugin)}), {count(len(self.targets), 'layer')}, "
+            f"{count(len(self.tensors), 'tensor')}, {numbers:,} numbers, {self.size:,} bytes\n"
+            f"config: {plain(fields, 2000)}\n"
+            f"written by lora-lite-core {plain(self.core_version)}, seed {self.seed}\n\n"
             + table(("layer", "size", "base", "base check", "own config", "tensors"), rows)
         )
 
@@ -77,65 +91,84 @@ def inspect(path: str | os.PathLike[str]) -> AdapterFile:
 
     Raises AdapterFileError when the file is missing, cut short, or not a lora-lite adapter.
     """
-    path = Path(path)
-    metadata, tensors = _read_header(path)
+    with open_adapter(path) as (file, _):
+        return file
+
+
+@contextmanager
+def open_adapter(path: str | os.PathLike[str]) -> Generator[tuple[AdapterFile, TensorFile], None, None]:
+    """An adapter file, opened once: what its header says, and the open file, whose `read()` gives the tensors.
+
+    Raises AdapterFileError for whatever stands at the path instead.
+    """
+    with open_tensors(path) as opened:
+        yield _adapter_file(opened), opened
+
+
+def _adapter_file(opened: TensorFile) -> AdapterFile:
+    path, metadata = plain(opened.path), opened.metadata
     if metadata.get("format") != FORMAT:
         raise AdapterFileError(
             f"{path} is a safetensors file but not a lora-lite adapter\n"
-            f"  its {count(len(tensors), 'tensor')}: {listed(tensors, 3)}\n"
+            f"  its {count(len(opened.entries), 'tensor')}: {listed(map(plain, opened.entries), 3)}\n"
             "  adapters are written by save(model, path)"
         )
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise AdapterFileError(
-            f"{path} has adapter format {version}, this lora-lite-core reads {FORMAT_VERSION}; "
+            f"{path} has adapter format {plain(version)}, this lora-lite-core reads {FORMAT_VERSION}; "
             "type: pip install --upgrade lora-lite-core"
         )
     try:
-        file = AdapterFile(path=path, tensors=tensors, **json.loads(metadata["adapter"]))
-        _check_fields(file)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path} has a damaged lora-lite header: {type(error).__name__}: {error}") from error
-    return file
+        if "adapter" not in metadata:
+            raise ValueError("the field 'adapter' is missing")
+        with collector_paused():
+            fields = _checked(parse_json(metadata["adapter"]))
+    except (ValueError, MemoryError) as error:
+        raise AdapterFileError(f"{path} has a damaged lora-lite header: {plain(error)}") from None
+    tensors = {key: (entry.dtype, entry.shape) for key, entry in opened.entries.items()}
+    return AdapterFile(path=opened.path, tensors=tensors, size=opened.size, **fields)
 
 
-def _check_fields(file: AdapterFile) -> None:
-    """Raise KeyError or TypeError where a field is not what AdapterFile says."""
-    kinds = {"variant": str, "config": dict, "targets": dict, "seed": int, "core_version": str, "plugin": dict}
-    found = [(name, getattr(file, name), kind) for name, kind in kinds.items()]
-    for layer, target in file.targets.items():
-        for name, kind in {"d_in": int, "d_out": int, "storage": str, "overrides": dict}.items():
-            found.append((f"{layer}: {name}", target[name], kind))
-        numbers = target["fingerprint"]
-        found += [(f"{layer}: fingerprint", number, float) for number in (numbers if numbers is not None else ())]
-    for name, value, kind in found:
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise TypeError(f"{name} is {value!r}, not a {kind.__name__}")
+_FIELDS: dict[str, type] = {
+    "variant": str, "config": dict, "targets": dict, "seed": int, "core_version": str, "plugin": dict
+}  # fmt: skip
+_OF_A_TARGET: dict[str, type] = {"d_in": int, "d_out": int, "storage": str, "overrides": dict}
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Metadata and tensor list of a safetensors file: eight bytes of length, then JSON, then the data."""
+def _checked(fields: Any) -> dict[str, Any]:
+    """The fields of AdapterFile that stand in the header; ValueError where one is missing or of another type."""
+    fields = typed("adapter", fields, dict)
+    for name, kind in _FIELDS.items():
+        typed(name, fields.get(name), kind)
+    if unknown := fields.keys() - _FIELDS.keys():
+        raise ValueError(f"unknown fields {listed(sorted(unknown), 4)}")
+    if not is_variant_name(fields["variant"]):
+        raise ValueError(f"variant is {fields['variant']!r}, which is no variant's name")
+    for name, text in fields["plugin"].items():
+        typed(f"plugin: {name}", text, str)
+    for layer, target in fields["targets"].items():
+        typed(layer, target, dict)
+        for name, kind in _OF_A_TARGET.items():
+            typed(f"{layer}: {name}", target.get(name), kind)
+        for name in ("d_in", "d_out"):
+            if not 0 < target[name] < 2**63:
+                raise ValueError(f"{layer}: {name} is {target[name]}")
+        if target["storage"] != plain(target["storage"], 100):  # it is shown in warnings
+            raise ValueError(f"{layer}: storage is {target['storage']!r}")
+        if "fingerprint" not in target:
+            raise ValueError(f"{layer}: fingerprint is missing")
+        target["fingerprint"] = _numbers(f"{layer}: fingerprint", target["fingerprint"])
+    return fields
+
+
+def _numbers(what: str, value: Any) -> list[float] | None:
+    if value is None:
+        return None
+    for number in typed(what, value, list):
+        if type(number) not in (int, float):
+            raise ValueError(f"{what} holds {number!r}, not a float")
     try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            text = stream.read(length) if length <= size - 8 else b""
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise AdapterFileError(f"{path} is not a safetensors file, or its beginning is damaged")
-    metadata = header.pop("__metadata__", None) or {}
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
-    except (IndexError, KeyError, TypeError):
-        raise AdapterFileError(f"{path} is not a safetensors file, or its beginning is damaged") from None
-    if size != 8 + length + end:
-        raise AdapterFileError(
-            f"{path} is cut short or damaged: {size:,} bytes where its header speaks of {8 + length + end:,}"
-        )
-    return metadata, tensors
+        return [float(number) for number in value]
+    except OverflowError:
+        raise ValueError(f"{what} holds a number that no float is") from None
