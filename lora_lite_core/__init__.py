@@ -29,7 +29,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from .discovery.listing import config_names
-    from .discovery.registry import list_variants
+    from .discovery.listing import config_names, list_variants
 
     return sorted({*__all__, "__version__", *config_names(list_variants())})

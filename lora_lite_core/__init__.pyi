@@ -68,14 +68,12 @@ from .contract.hookspecs import CONTRACT_VERSION as CONTRACT_VERSION
 from .contract.hookspecs import hookimpl as hookimpl
 from .contract.param_spec import ParamSpec as ParamSpec
 from .contract.target import Target as Target
+from .discovery.listing import list_variants as list_variants
 from .discovery.registry import (
     LoraLiteConfig as LoraLiteConfig,
 )
 from .discovery.registry import (
     get_variant as get_variant,
-)
-from .discovery.registry import (
-    list_variants as list_variants,
 )
 from .discovery.registry import (
     register as register,

@@ -11,10 +11,10 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from importlib_metadata import EntryPoint
 
 import lora_lite as ll
 from lora_lite_core.cli import commands as cli
+from lora_lite_core.discovery.packages import Entry
 
 from .models import net
 
@@ -90,14 +90,14 @@ def test_commands_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         """Greets."""
         click.echo("hello")
 
-    class Fine(EntryPoint):
+    class Fine(Entry):
         def load(self) -> Any:
             return hello
 
     entries = {
-        "hello": Fine("hello", "x:y", cli.COMMANDS),
-        "sick": EntryPoint("sick", "surely_not_there:command", cli.COMMANDS),
-        "odd": EntryPoint("odd", "json:dumps", cli.COMMANDS),
+        "hello": Fine("hello", "x:y"),
+        "sick": Entry("sick", "surely_not_there:command"),
+        "odd": Entry("odd", "json:dumps"),
     }
     monkeypatch.setattr(cli, "_installed", lambda: entries)
     assert call("hello") == (0, "hello\n")

@@ -89,6 +89,16 @@ def test_unknown_argument(registered: Any, toy: SimpleNamespace) -> None:
     assert "arguments of forward: x, y, params, cfg, layer" in message
 
 
+@pytest.mark.parametrize(("given", "meant"), [("config", "cfg"), ("parameters", "params"), ("layers", "layer")])
+def test_an_argument_of_another_name_gets_a_suggestion(
+    given: str, meant: str, registered: Any, toy: SimpleNamespace
+) -> None:
+    toy.forward = hookimpl(eval(f"lambda x, y, {given}: y"))
+    message = refused(registered, toy)
+    assert f"forward has no argument '{given}'; did you mean '{meant}'?\n" in message
+    assert "arguments of forward: x, y, params, cfg, layer" in message
+
+
 def test_hook_wrapper(registered: Any, toy: SimpleNamespace) -> None:
     @hookimpl(wrapper=True)
     def forward(y: Tensor) -> Any:

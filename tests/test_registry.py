@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.discovery import registry
+from lora_lite_core.discovery import packages, registry
 
 FIRST_PARTY = sorted(registry.FIRST_PARTY)
 CONFIGS = [
@@ -229,7 +229,7 @@ def test_unknown_names_get_a_suggestion() -> None:
 
 
 def test_missing_first_party_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_entry_points", list)
+    monkeypatch.setattr(packages, "entries", lambda group: [])
     monkeypatch.setattr(registry, "_loaded", {})
     with pytest.raises(AttributeError) as caught:
         ll.LoRAConfig  # noqa: B018

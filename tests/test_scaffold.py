@@ -98,7 +98,10 @@ def test_copies_of_what_is_not_there(tmp_path: Path) -> None:
     [
         ("2fast", "'2fast' cannot be the name of a variant; use letters, digits and single dashes: my-variant"),
         ("my--gain", "cannot be the name of a variant"),
-        ("lambda", "cannot be the name of a variant"),
+        ("lambda", "'lambda' cannot be the name of a variant: 'lambda' is a keyword of Python"),
+        ("lora-lite-Class", "'lora-lite-Class' cannot be the name of a variant: 'class' is a keyword of Python"),
+        ("x" * 51, "cannot be the name of a variant; .*my-variant \\(at most 50\\)"),
+        ("gain\x1b[2J", "cannot be the name of a variant"),
         ("pissa", "a variant called 'pissa' exists already, in lora-lite-svd"),
     ],
 )
@@ -108,9 +111,33 @@ def test_names_that_are_refused(name: str, message: str, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_authors_that_would_break_the_project_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "author", ['Ada "L"', "Ada\nL", "Ada\x1b[2J", "\u202eadA", "A}", "\ud800", "\0", " ", "A" * 201]
+)
+def test_authors_that_would_break_the_project_file(author: str, tmp_path: Path) -> None:
     with pytest.raises(ll.ConfigError, match="give a name without quotation marks"):
-        new_package("my-gain", tmp_path, 'Ada "L"')
+        new_package("my-gain", tmp_path, author)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("author", ["Zoë 你好", "$year ${core}", "<b>&", "# = ' {", "علی\u200cرضا"])
+def test_authors_are_written_as_they_are(author: str, tmp_path: Path) -> None:
+    author = author.replace("{", "(").replace("}", ")")
+    tomllib = pytest.importorskip("tomllib")
+    package = new_package("my-gain", tmp_path, author)
+    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["authors"] == [{"name": author}]
+    assert author in (package / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
+    done = CliRunner().invoke(main, ["new", "my-gain", "--folder", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.output == f"Error: {tmp_path} cannot be written: Permission denied\n"
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from importlib_metadata import EntryPoint, entry_points
 
-from ..contract.errors import LoraLiteError, UnknownVariant, did_you_mean
-from ..discovery.registry import list_variants
-from ..discovery.source import describe
+from ..contract.errors import LoraLiteError, UnknownVariant, did_you_mean, listed
+from ..contract.text import paragraphs, plain, told
+from ..discovery.listing import describe, list_variants
+from ..discovery.packages import Entry, entries
 from ..files.format import inspect as inspect_file
 
 COMMANDS = "lora_lite.commands"
@@ -29,18 +30,18 @@ class Commands(click.Group):
         entry = _installed().get(cmd_name)
         if own is not None or entry is None:
             return own
+        about = f"command '{cmd_name}' of {plain(entry.package.name or entry.value)}"
+        if entry.problem:
+            return _broken(cmd_name, f"{about} cannot be used: {entry.problem}")
         try:
             command = entry.load()
-        except Exception as error:
-            package = entry.dist.name if entry.dist else entry.value
-            return _broken(
-                cmd_name, f"command '{cmd_name}' of {package} cannot be imported: {type(error).__name__}: {error}"
-            )
-        return (
-            command
-            if isinstance(command, click.Command)
-            else _broken(cmd_name, f"{entry.value} is not a click command")
-        )
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too: a module that ends the program when it is imported
+            return _broken(cmd_name, f"{about} cannot be imported: {told(error)}")
+        if isinstance(command, click.Command):
+            return command
+        return _broken(cmd_name, f"{entry.value} is not a click command")
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -49,7 +50,8 @@ class Commands(click.Group):
         if args and not args[0].startswith("-") and args[0] not in known:
             hint = "\n  type: pip install lora-lite-bench" if args[0] in ("bench", "speed") else ""
             raise click.UsageError(
-                f"no command is called '{args[0]}'{did_you_mean(args[0], known)}\n  commands: {', '.join(known)}{hint}"
+                f"no command is called {plain(repr(args[0]))}{did_you_mean(args[0], known)}\n"
+                f"  commands: {listed(known, 40)}{hint}"
             )
         return super().resolve_command(ctx, args)
 
@@ -60,13 +62,15 @@ class Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-def _installed() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=COMMANDS)}
+def _installed() -> dict[str, Entry]:
+    """The commands of other packages by name; a name that is none is shown as text, and the first of two is taken."""
+    found = entries(COMMANDS, objects=True)
+    return {plain(entry.name, 60) or "(unknown)": entry for entry in reversed(found)}
 
 
 def _broken(name: str, reason: str) -> click.Command:
     def fail() -> None:
-        raise click.ClickException(reason)
+        raise click.ClickException(paragraphs(reason))
 
     return click.Command(name, callback=fail, short_help="(broken: cannot be imported)")
 
@@ -94,7 +98,7 @@ def variants(pattern: str | None, as_json: bool, check: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(subject: str, as_json: bool) -> None:
     """Show what an adapter file holds, or what a variant is and how it is configured."""
-    if Path(subject).suffix or Path(subject).is_file():
+    if Path(subject).suffix or os.path.isfile(subject):  # which, unlike Path's own, never raises
         file = inspect_file(subject)
         click.echo(json.dumps(file.to_dict(), indent=2) if as_json else str(file))
         return
@@ -103,7 +107,7 @@ def inspect(subject: str, as_json: bool) -> None:
         names = [info.name for info in list_variants()]
         raise UnknownVariant(
             f"'{subject}' is neither a file nor an installed variant{did_you_mean(subject, names)}\n"
-            f"  variants: {', '.join(names)}; adapter files end in .safetensors"
+            f"  variants: {listed(names, 40)}; adapter files end in .safetensors"
         )
     for info in found:
         about = describe(info)
@@ -167,6 +171,8 @@ def new(name: str, folder: Path, author: str, like: str | None) -> None:
         made = new_package(name, folder, author, like)
     except FileExistsError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{plain(folder)} cannot be written: {error.strerror or error}") from error
     for path in sorted(path for path in made.rglob("*") if path.is_file()):
         click.echo(path)
     click.echo(f"\nnext: cd {made}; pip install -e '.[test]'; pytest")
@@ -216,4 +222,4 @@ def _page(about: dict[str, Any]) -> str:
     lines += [about["detail"]] if about["detail"] else []
     lines += ["", about["doc"], "", f"hooks: {', '.join(about['hooks'])}", f"config: {about['config']}"]
     lines += [f"    {name} = {value}" for name, value in about["fields"].items()]
-    return "\n".join(lines)
+    return paragraphs("\n".join(lines), 1000)

@@ -14,7 +14,10 @@ from importlib_metadata import version
 
 from ..contract.config import RankConfig
 from ..contract.errors import ConfigError
-from ..discovery.registry import FIRST_PARTY, get_variant, list_variants
+from ..contract.text import plain
+from ..discovery.claims import FIRST_PARTY
+from ..discovery.listing import list_variants
+from ..discovery.registry import get_variant
 
 # Template: where it goes.
 FILES = {
@@ -40,18 +43,24 @@ def new_package(name: str, parent: Path, author: str, like: str | None = None) -
     that is not one of this project's, MissingPlugin when that one is not installed, FileExistsError when the folder is
     there already.
     """
-    plain = re.sub(r"^lora[-_]lite[-_]", "", name)
-    variant = plain.lower().replace("-", "_")
-    spelled = plain if plain != plain.lower() else plain.replace("_", "-").title()
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", variant) or keyword.iskeyword(variant):
+    given = re.sub(r"^lora[-_]lite[-_]", "", name)
+    variant = given.lower().replace("-", "_")
+    spelled = given if given != given.lower() else given.replace("_", "-").title()
+    if keyword.iskeyword(variant):
+        raise ConfigError(f"{name!r} cannot be the name of a variant: '{variant}' is a keyword of Python")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", variant) or len(variant) > 50:
         raise ConfigError(
             f"{name!r} cannot be the name of a variant; use letters, digits and single dashes: my-variant"
+            + (" (at most 50)" if len(variant) > 50 else "")
         )
     taken = {info.name: info.distribution for info in list_variants()} | FIRST_PARTY
     if variant in taken:
         raise ConfigError(f"a variant called '{variant}' exists already, in {taken[variant] or 'this process'}")
-    if not author.strip() or any(sign in author for sign in '"\\\n'):
-        raise ConfigError(f"author {author!r}: give a name without quotation marks, backslashes and line breaks")
+    if not author.strip() or any(sign in author for sign in '"\\{}') or author != plain(author, 200):
+        raise ConfigError(
+            f"author {author!r}: give a name without quotation marks, backslashes, braces, line breaks and control "
+            "characters, of at most 200 characters"
+        )
     folder = parent / f"lora-lite-{variant.replace('_', '-')}"
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; give another name or --folder")
@@ -61,7 +70,7 @@ def new_package(name: str, parent: Path, author: str, like: str | None = None) -
         "module": f"lora_lite_{variant}",
         "distribution": folder.name,
         "config": spelled.replace("-", "").replace("_", "") + "Config",
-        "title": plain if plain != plain.lower() else variant.replace("_", " ").capitalize(),
+        "title": given if given != given.lower() else variant.replace("_", " ").capitalize(),
         "author": author,
         "year": (year := str(datetime.date.today().year)),
         "copyright": f"Copyright (c) {year} {author}",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pluggy import HookImpl, PluginManager, PluginValidationError
 
 from . import hookspecs
 from .config import AdapterConfig
-from .errors import BrokenPlugin, did_you_mean, listed
+from .errors import BrokenPlugin, LoraLiteError, did_you_mean, listed
+from .text import is_variant_name, told
 
 HOOKS = ("param_specs", "init", "group_init", "forward_input", "forward", "fingerprint", "to_peft", "from_peft")
 _manager = PluginManager("lora_lite")
@@ -29,14 +30,23 @@ class Hook:
         return self.function(*[available[name] for name in self.argnames])
 
 
+class Origin(NamedTuple):
+    """Where a variant comes from, and the function that finds it again by its name."""
+
+    by_name: Callable[[str], Variant]
+    distribution: str = ""
+    version: str = ""
+
+
 class Variant:
     """A checked variant. Pickled by name, shared by copies: what sits on a layer holds no function of its own."""
 
-    def __init__(self, name: str, namespace: Any, hooks: Mapping[str, Hook], distribution: str, version: str) -> None:
+    def __init__(self, name: str, namespace: Any, hooks: Mapping[str, Hook], origin: Origin) -> None:
         self.name = name
         self.namespace = namespace
-        self.distribution = distribution  # "" when registered by hand
-        self.version = version
+        self.distribution = origin.distribution  # "" when registered by hand
+        self.version = origin.version
+        self._by_name = origin.by_name
         self.Config: type[AdapterConfig] = namespace.Config
         self.affine: bool = getattr(namespace, "AFFINE", True)
         self.identity_atol: float = getattr(namespace, "IDENTITY_ATOL", 0.0)
@@ -58,28 +68,32 @@ class Variant:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from ..discovery.registry import get_variant
-
-        return get_variant, (self.name,)
+        return self._by_name, (self.name,)
 
     def __repr__(self) -> str:
         return f"<variant '{self.name}' from {self.distribution or 'll.register'}>"
 
 
-def check_variant(name: str, namespace: Any, distribution: str = "", version: str = "") -> Variant:
+def check_variant(name: str, namespace: Any, origin: Origin) -> Variant:
     """The Variant of a module (or any object with the same attributes); BrokenPlugin when it breaks the contract."""
-    where = getattr(namespace, "__name__", None) or type(namespace).__name__
-    label = f"variant '{name}' ({where})"
-    _check_marked(label, namespace)
-    _check_config(label, name, namespace)
-    _check_constants(label, namespace)
-    hooks = {key: Hook(impl) for key, impl in _implementations(label, name, namespace).items()}
+    label = f"variant '{name}' ({getattr(namespace, '__name__', None) or type(namespace).__name__})"
+    if not is_variant_name(name):
+        raise BrokenPlugin(f"{name!r} cannot be the name of a variant; use ASCII letters, digits, _ and -")
+    try:
+        _check_marked(label, namespace)
+        _check_config(label, name, namespace)
+        _check_constants(label, namespace)
+        hooks = {key: Hook(impl) for key, impl in _implementations(label, name, namespace).items()}
+    except LoraLiteError:
+        raise
+    except Exception as error:  # an attribute that cannot be read, and what else a module may do
+        raise BrokenPlugin(f"{label} cannot be read: {told(error)}") from error
     if "param_specs" not in hooks or not ("forward" in hooks or "forward_input" in hooks):
         raise BrokenPlugin(
             f"{label} implements {listed(hooks)}; "
             "a variant needs param_specs and at least one of forward, forward_input"
         )
-    return Variant(name, namespace, hooks, distribution, version)
+    return Variant(name, namespace, hooks, origin)
 
 
 def forget(namespace: Any) -> None:
@@ -115,8 +129,8 @@ def _implementations(label: str, name: str, namespace: Any) -> dict[str, HookImp
             _check_signature(label, key, impl)
     except PluginValidationError as error:
         forget(namespace)
-        raise BrokenPlugin(f"{label}: {_about_arguments(error)}") from error
-    except BrokenPlugin:
+        raise BrokenPlugin(f"{label}: {_about_arguments(namespace, error)}") from error
+    except BaseException:
         forget(namespace)
         raise
     return found
@@ -126,12 +140,16 @@ def _spec_arguments(hook: str) -> list[str]:
     return list(inspect.signature(getattr(hookspecs, hook)).parameters)
 
 
-def _about_arguments(error: PluginValidationError) -> str:
+def _about_arguments(namespace: Any, error: PluginValidationError) -> str:
     """pluggy's own text names the offending arguments but not the ones to type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     hook = next((key for key in HOOKS if f"'{key}'" in lines[0] or f"hook {key!r}" in str(error)), "")
-    known = f"\n  arguments of {hook}: {', '.join(_spec_arguments(hook))}" if hook else ""
-    return "\n  ".join(lines) + known
+    if not hook:
+        return "\n  ".join(lines)
+    allowed = _spec_arguments(hook)
+    given = inspect.signature(getattr(namespace, hook)).parameters
+    hints = [f"{hook} has no argument '{name}'{did_you_mean(name, allowed)}" for name in given if name not in allowed]
+    return "\n  ".join([*hints, *lines, f"arguments of {hook}: {', '.join(allowed)}"])
 
 
 def _check_signature(label: str, hook: str, impl: HookImpl) -> None:
@@ -192,7 +210,7 @@ def _check_config(label: str, name: str, namespace: Any) -> None:
 
 def _check_constants(label: str, namespace: Any) -> None:
     atol = getattr(namespace, "IDENTITY_ATOL", 0.0)
-    if not isinstance(atol, (int, float)) or atol < 0:
+    if not isinstance(atol, (int, float)) or not atol >= 0:
         raise BrokenPlugin(f"{label}: IDENTITY_ATOL is {atol!r}; give a number from 0")
     if atol > 0 and not getattr(namespace, "IDENTITY_REASON", ""):
         raise BrokenPlugin(

@@ -1,72 +1,37 @@
-"""Which variants there are. Reads package metadata and source text only: importing torch or a plugin is left to
-`get_variant`, so that listing is fast and survives a plugin that does not import."""
+"""Which variants there are, and the checked variant of a name. Reads package metadata alone until one is asked for:
+importing torch or a plugin is left to `get_variant`. The listing is in `listing`, which attach never imports."""
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from importlib_metadata import EntryPoint, entry_points
 from importlib_metadata import version as core_version
 
 from ..contract.errors import (
     AmbiguousVariant,
     BrokenPlugin,
-    LoraLiteError,
     MissingPlugin,
     UnknownVariant,
     closest,
     listed,
 )
-from .listing import VariantInfo, VariantList
-from .source import config_name, read_source, summary_of
+from ..contract.text import is_package_name, is_version, plain, told
+from . import packages
+from .claims import FIRST_PARTY, state_of, switched_off
+from .packages import Entry
 
 if TYPE_CHECKING:
     from ..contract.config import AdapterConfig
     from ..contract.variant import Variant
 
 GROUP = "lora_lite.variants"
-# Only for the "pip install …" hint when a first-party package is missing.
-FIRST_PARTY = {
-    "lora": "lora-lite-lora",
-    "antipasto": "lora-lite-svd",
-    "eva": "lora-lite-svd",
-    "lora_xs": "lora-lite-svd",
-    "pissa": "lora-lite-svd",
-    "ssvd": "lora-lite-svd",
-    "delora": "lora-lite-ortho",
-    "dora": "lora-lite-ortho",
-    "hra": "lora-lite-ortho",
-    "ia3": "lora-lite-ortho",
-    "ia3_ff": "lora-lite-ortho",
-    "oft": "lora-lite-ortho",
-    "road": "lora-lite-ortho",
-}
-
 _ON_THE_CORE = re.compile(r"lora[-_.]+lite[-_.]+core(?![\w.-])", re.IGNORECASE)  # a requirement of the core
 
 _registered: dict[str, Variant] = {}
 _loaded: dict[str, Variant] = {}  # looked up once in a process, as Python does with modules
-
-
-def list_variants(pattern: str | None = None, *, check: bool = False) -> VariantList:
-    """The variants that entry points and `register` provide, sorted by name.
-
-    pattern  a shell pattern on the name, as in list_variants("ia3*")
-    check    import each one too, and report what fails; without it neither torch nor any plugin is imported
-    """
-    entries = _entry_points()
-    infos = [_info(entry, entries) for entry in entries]
-    infos += [_registered_info(variant) for variant in _registered.values()]
-    infos = [info for info in infos if pattern is None or fnmatch.fnmatchcase(info.name, pattern)]
-    if check:
-        infos = [_checked(info) for info in infos]
-    return VariantList(sorted(infos, key=lambda info: (info.name, info.distribution)))
 
 
 def get_variant(name: str) -> Variant:
@@ -74,32 +39,48 @@ def get_variant(name: str) -> Variant:
 
     Raises UnknownVariant, MissingPlugin, BrokenPlugin or AmbiguousVariant.
     """
+    if not isinstance(name, str):
+        raise UnknownVariant(f"a variant's name is a string, not {name!r}")
     if name in _registered:
         return _registered[name]
-    if (known := _loaded.get(name)) is not None and not _blocked(name, known.distribution):
+    if (known := _loaded.get(name)) is not None and not switched_off(name, known.distribution):
         return known
-    entries = [entry for entry in _entry_points() if entry.name == name]
-    if not entries:
+    claims = [entry for entry in variant_entries() if entry.name == name]
+    if not claims:
         raise _unknown(name)
-    allowed = [entry for entry in entries if not _blocked(name, _dist(entry)[0])]
-    if not allowed:
-        package = _dist(entries[0])[0]
-        raise UnknownVariant(f"variant '{name}' of {package} is blocked by {_blocked(name, package)}")
-    if len(allowed) > 1:
-        raise AmbiguousVariant(_claimed_twice(name, allowed))
-    from ..contract.variant import check_variant
+    states = {entry: state_of(entry, claims) for entry in claims}
+    usable = [entry for entry, (state, _) in states.items() if state == "ok"]
+    if usable:
+        return _imported(usable[0])
+    for wanted, error in (("claimed twice", AmbiguousVariant), ("broken", BrokenPlugin), ("blocked", UnknownVariant)):
+        for entry, (state, detail) in states.items():
+            if state == wanted:
+                about = f"variant '{name}' of {entry.package.name}"
+                text = {"broken": f"{about} cannot be used: {detail}", "blocked": f"{about} is blocked by {detail}"}
+                raise error(text.get(state, detail))
+    raise _unknown(name)
 
-    package, version = _dist(allowed[0])
-    _check_core_range(name, allowed[0])
+
+def variant_of_file(path: object, name: str, plugin: Mapping[str, str]) -> Variant:
+    """The variant that an adapter file names. MissingPlugin, where there is none here, says what to install: what the
+    file says of its package is shown only if it is a name, and never for a variant that has a home."""
     try:
-        module = importlib.import_module(allowed[0].value)
-    except Exception as error:
-        raise BrokenPlugin(
-            f"variant '{name}' of {package} {version} cannot be imported: {type(error).__name__}: {error}\n"
-            f"  its entry point says {allowed[0].value}; try: pip install --upgrade {package}"
-        ) from error
-    _loaded[name] = check_variant(name, module, package, version)
-    return _loaded[name]
+        return get_variant(name)
+    except UnknownVariant as error:
+        package, version = plugin.get("distribution", ""), plugin.get("version", "")
+        about = f"{plain(path)} needs variant '{name}'"
+        if any(entry.name == name for entry in variant_entries()):  # blocked
+            text = f"{about}: {error}"
+        elif name in FIRST_PARTY:
+            text = f"{about} of {FIRST_PARTY[name]}; type: pip install {FIRST_PARTY[name]}"
+        elif not package:
+            text = f"{about}, which was registered by hand; register it first"
+        elif is_package_name(package):
+            of_version = f"{package} {version}" if is_version(version) else package
+            text = f"{about} of {of_version}; type: pip install {package}"
+        else:
+            text = f"{about}, and the file names no valid package that provides it: {plain(repr(package), 100)}"
+        raise MissingPlugin(text) from error
 
 
 def register(namespace: Any, *, name: str) -> Variant:
@@ -108,11 +89,12 @@ def register(namespace: Any, *, name: str) -> Variant:
     For notebooks and tests: the name is gone with the process. A name registered before is replaced; a name that an
     installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
     """
-    from ..contract.variant import check_variant
+    from ..contract.variant import Origin, check_variant
 
-    if owners := [_dist(entry)[0] for entry in _entry_points() if entry.name == name]:
+    claims = [entry for entry in variant_entries() if entry.name == name]
+    if owners := [e.package.name for e in claims if state_of(e, claims)[0] in ("ok", "claimed twice")]:
         raise AmbiguousVariant(f"variant '{name}' is provided by {listed(owners)}; register yours under another name")
-    _registered[name] = check_variant(name, namespace)
+    _registered[name] = check_variant(name, namespace, Origin(get_variant))
     return _registered[name]
 
 
@@ -125,18 +107,24 @@ def unregister(name: str) -> None:
     forget(_registered.pop(name).namespace)
 
 
+def registered() -> Mapping[str, Variant]:
+    """The variants registered by hand."""
+    return _registered
+
+
 def config_class(attribute: str) -> type[AdapterConfig]:
     """`PiSSAConfig` → the Config of 'pissa': `Config` and underscores dropped, case ignored."""
     wanted = _squash(attribute.removesuffix("Config"))
-    names = sorted({entry.name for entry in _entry_points()} | set(_registered))
-    found = [name for name in names if _squash(name) == wanted]
+    claims = [entry for entry in variant_entries() if _squash(entry.name) == wanted]
+    usable = {entry.name for entry in claims if state_of(entry, claims)[0] in ("ok", "claimed twice")}
+    found = sorted(usable | {name for name in _registered if _squash(name) == wanted})
     if len(found) > 1:
         raise AmbiguousVariant(f"{attribute} could mean {listed(found)}; use get_variant(name).Config")
-    if not found:
+    if not found and not claims:
         first_party = next((name for name in FIRST_PARTY if _squash(name) == wanted), None)
         raise MissingPlugin(str(_unknown(first_party or attribute.removesuffix("Config").lower())))
     try:
-        return get_variant(found[0]).Config
+        return get_variant(found[0] if found else claims[0].name).Config
     except UnknownVariant as error:  # blocked: an attribute that is not there
         raise MissingPlugin(str(error)) from error
 
@@ -144,6 +132,11 @@ def config_class(attribute: str) -> type[AdapterConfig]:
 def LoraLiteConfig(*, variant: str, **fields: Any) -> AdapterConfig:
     """The typed config of a variant given by name: `LoraLiteConfig(variant="lora", r=8)`."""
     return get_variant(variant).Config(**fields)
+
+
+def variant_entries() -> list[Entry]:
+    """The entry points of variants, of all installed packages."""
+    return packages.entries(GROUP)
 
 
 def _squash(name: str) -> str:
@@ -155,7 +148,7 @@ def _unknown(name: str) -> UnknownVariant:
         return MissingPlugin(
             f"variant '{name}' is in a package that is not installed; type: pip install {FIRST_PARTY[name]}"
         )
-    names = sorted({entry.name for entry in _entry_points()} | set(_registered))
+    names = sorted({entry.name for entry in variant_entries() if not entry.problem} | set(_registered))
     near = closest(name, [*names, *FIRST_PARTY])
     hint = f"; did you mean '{near[0]}'" if near else ""
     hint += "" if not near else "?" if near[0] in names else f", of {FIRST_PARTY[near[0]]}, which is not installed?"
@@ -165,76 +158,41 @@ def _unknown(name: str) -> UnknownVariant:
     )
 
 
-def _entry_points() -> list[EntryPoint]:
-    return list(entry_points(group=GROUP))
+def _imported(entry: Entry) -> Variant:
+    from ..contract.variant import Origin, check_variant
+
+    name, package, version = entry.name, entry.package.name, entry.package.version
+    _check_core_range(entry)
+    try:
+        module = importlib.import_module(entry.value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: a module that ends the program when it is imported
+        raise BrokenPlugin(
+            f"variant '{name}' of {package} {version} cannot be imported: {told(error)}\n"
+            f"  its entry point says {entry.value}; try: pip install --upgrade {package}"
+        ) from error
+    _loaded[name] = check_variant(name, module, Origin(get_variant, package, version))
+    return _loaded[name]
 
 
-def _dist(entry: EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
-
-
-def _check_core_range(name: str, entry: EntryPoint) -> None:
+def _check_core_range(entry: Entry) -> None:
     """BrokenPlugin when the plugin's package asks for another version of the core than the one that runs."""
-    from packaging.requirements import Requirement
+    from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
+    from packaging.requirements import InvalidRequirement, Requirement
 
     here = core_version("lora-lite-core")
-    for text in (entry.dist.requires if entry.dist else None) or ():
+    about = f"variant '{entry.name}' of {entry.package.name} {entry.package.version}"
+    for text in entry.package.requires:
         if not _ON_THE_CORE.match(text):
             continue
-        requirement = Requirement(text)
-        applies = requirement.marker is None or requirement.marker.evaluate()
+        try:
+            requirement = Requirement(text)
+            applies = requirement.marker is None or requirement.marker.evaluate()
+        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
+            raise BrokenPlugin(f"{about} asks for '{text}', which is no requirement: {error}") from error
         if applies and not requirement.specifier.contains(here, prereleases=True):
-            package, version = _dist(entry)
             raise BrokenPlugin(
-                f"variant '{name}' of {package} {version} needs lora-lite-core{requirement.specifier}, and {here} is "
-                f"installed; type: pip install --upgrade lora-lite-core {package}"
+                f"{about} needs lora-lite-core{requirement.specifier}, and {here} is "
+                f"installed; type: pip install --upgrade lora-lite-core {entry.package.name}"
             )
-
-
-def _blocked(name: str, package: str) -> str:
-    """The environment switch that keeps this variant out, or "". Both switches take variant and package names."""
-    names = {name, package}
-    for switch, keeps_out in (("LORA_LITE_BLOCK", True), ("LORA_LITE_PLUGINS", False)):
-        value = os.environ.get(switch)
-        if value is not None and bool(names & {part.strip() for part in value.split(",")}) is keeps_out:
-            return f"{switch}={value}"
-    return ""
-
-
-def _claimed_twice(name: str, entries: Sequence[EntryPoint]) -> str:
-    owners = [" ".join(_dist(entry)) for entry in entries]
-    return (
-        f"variant '{name}' is claimed by {' and by '.join(owners)}; "
-        f"uninstall one of them, or set LORA_LITE_BLOCK={_dist(entries[-1])[0]}"
-    )
-
-
-def _info(entry: EntryPoint, entries: Sequence[EntryPoint]) -> VariantInfo:
-    package, version = _dist(entry)
-    summary, config, state, detail = "", "", "ok", ""
-    try:
-        tree = read_source(entry.value)
-        summary, config = summary_of(tree), config_name(tree)
-    except (OSError, SyntaxError, LoraLiteError) as error:
-        state, detail = "broken", str(error)
-    owners = [other for other in entries if other.name == entry.name and not _blocked(other.name, _dist(other)[0])]
-    if switch := _blocked(entry.name, package):
-        state, detail = "blocked", switch
-    elif len(owners) > 1:
-        state, detail = "claimed twice", _claimed_twice(entry.name, owners)
-    return VariantInfo(entry.name, package, version, summary, state, detail, entry.value, config)
-
-
-def _registered_info(variant: Variant) -> VariantInfo:
-    doc = (variant.namespace.__doc__ or "").strip().partition("\n")[0]
-    return VariantInfo(variant.name, "(registered)", "", doc, "ok", config=variant.Config.__name__)
-
-
-def _checked(info: VariantInfo) -> VariantInfo:
-    if info.state != "ok":
-        return info
-    try:
-        get_variant(info.name)
-    except LoraLiteError as error:
-        return replace(info, state="broken", detail=str(error))
-    return info

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from dataclasses import asdict
+import warnings
+from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 from ..contract.errors import BrokenPlugin
-from .listing import VariantInfo
+from ..contract.text import plain
+from ..contract.untrusted import collector_paused, read_regular
+
+MOST = 128 * 1024  # bytes of a module: a hundred times what a variant has, and half a second for the parser at worst
+BASES = ("AdapterConfig", "RankConfig", "LowRankConfig")
 
 
-def read_source(module: str) -> ast.Module:
-    """The syntax tree of a dotted module, found and read without importing anything.
+def read_source(module: str) -> tuple[ast.Module, int]:
+    """The syntax tree of a dotted module, found and read without importing anything, and its size in bytes.
 
-    Raises BrokenPlugin when there is no source file, OSError or SyntaxError when it cannot be read.
+    Raises BrokenPlugin when there is no source file, OSError when it cannot be read or is larger than MOST; and what
+    Python's parser raises, be it RecursionError or MemoryError.
     """
     path = source_of(module)
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    if path.suffix != ".py":  # compiled: there is nothing to read
+        return ast.Module(body=[], type_ignores=[]), 0
+    data = read_regular(path, MOST)
+    with warnings.catch_warnings(), collector_paused():
+        warnings.simplefilter("ignore")  # the parser's, about escapes: they would print lines of the source
+        return ast.parse(data.decode("utf-8-sig"), filename=str(path)), len(data)
 
 
 def summary_of(tree: ast.Module) -> str:
     """The first line of the docstring."""
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
+    return plain((ast.get_docstring(tree) or "").partition("\n")[0])
 
 
 def config_name(tree: ast.Module) -> str:
@@ -32,12 +42,34 @@ def config_name(tree: ast.Module) -> str:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             return "Config"
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "Config" for t in node.targets):
-            return ast.unparse(node.value)
+            return plain(ast.unparse(node.value))
     return ""
 
 
+def hook_names(tree: ast.Module) -> list[str]:
+    """The functions that are marked `@hookimpl`."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if any("hookimpl" in ast.unparse(d) for d in f.decorator_list)]
+
+
+def config_fields(tree: ast.Module, config: str) -> dict[str, str]:
+    """Field names and defaults as written, those of the core's base class first."""
+    fields: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == config:
+            for base in node.bases:
+                name = ast.unparse(base).rpartition(".")[2]
+                if name in BASES:
+                    fields |= config_fields(read_source("lora_lite_core.contract.config")[0], name)
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
+                    value = ast.unparse(line.value) if line.value else "(required)"
+                    fields[ast.unparse(line.target)] = plain(value.replace("field(default_factory=dict)", "{}"))
+    return fields
+
+
 def source_of(module: str) -> Path:
-    """The source file of a dotted module, found without importing any of its packages."""
+    """The file of a dotted module, found without importing any of its packages."""
     top, *rest = module.split(".")
     found = importlib.util.find_spec(top)
     folders = [Path(p) for p in (found.submodule_search_locations or ())] if found else []
@@ -45,36 +77,11 @@ def source_of(module: str) -> Path:
         return Path(found.origin)
     for folder in folders:
         base = folder.joinpath(*rest)
-        for path in (base.with_name(base.name + ".py"), base / "__init__.py"):
+        for path in (base.with_name(base.name + ".py"), base / "__init__.py", *_compiled(base)):
             if path.is_file():
                 return path
-    hint = "; an entry point names the module alone, without ':…'" if ":" in module else ""
-    raise BrokenPlugin(f"module {module} has no source file{hint}")
+    raise BrokenPlugin(f"module {module} has no source file")
 
 
-def describe(info: VariantInfo) -> dict[str, Any]:
-    """All that a variant's source says of it: its row, docstring, hooks, and its config's fields with defaults."""
-    about: dict[str, Any] = {**asdict(info), "doc": "", "hooks": [], "fields": {}}
-    if info.module and info.state != "broken":
-        tree = read_source(info.module)
-        about["doc"] = ast.get_docstring(tree) or ""
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        about["hooks"] = [f.name for f in functions if any("hookimpl" in ast.unparse(d) for d in f.decorator_list)]
-        about["fields"] = _config_fields(tree, info.config)
-    return about
-
-
-def _config_fields(tree: ast.Module, config: str) -> dict[str, str]:
-    """Field names and defaults as written, those of the core's base class first."""
-    fields: dict[str, str] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == config:
-            for base in node.bases:
-                name = ast.unparse(base).rpartition(".")[2]
-                if name in ("AdapterConfig", "RankConfig", "LowRankConfig"):
-                    fields |= _config_fields(read_source("lora_lite_core.contract.config"), name)
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
-                    value = ast.unparse(line.value) if line.value else "(required)"
-                    fields[ast.unparse(line.target)] = value.replace("field(default_factory=dict)", "{}")
-    return fields
+def _compiled(base: Path) -> list[Path]:
+    return [base.with_name(base.name + suffix) for suffix in (*EXTENSION_SUFFIXES, *BYTECODE_SUFFIXES)]

@@ -21,7 +21,8 @@ from ...attached.whole_modules import check_trainable, tensors_in, trained_paths
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.variant import Variant
-from ...discovery.registry import get_variant, list_variants
+from ...discovery.listing import list_variants
+from ...discovery.registry import get_variant
 from ...layers.kinds import layer_sizes
 from .exporting import PATTERNS
 from .folder import CONFIG, read_directory
