@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,12 +200,11 @@ def test_save_writes_the_whole_file_or_none(saved: Path, monkeypatch: pytest.Mon
     model = net()
     ll.attach(model, ll.LoRAConfig())
 
-    def fail(*arguments: Any, **options: Any) -> None:
-        Path(arguments[1]).write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lite_core.files.save.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ll.AdapterFileError, match="cannot be written: No space left on device"):
         ll.save(model, saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
@@ -386,3 +386,37 @@ def test_across_storages_the_tolerance_is_wider_and_said(saved: Path) -> None:
     ):
         ll.load(changed("1 % fine-tune"), path)
     assert "was made on another base model" in refusal(ll.BaseMismatch, path, net(seed=1))
+
+
+def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    model = net()
+    train(model, ll.attach(model, ll.DoRAConfig(r=2, train_modules="lm_head")))
+    files = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for path in files:
+        ll.save(model, path)
+    assert len({path.read_bytes() for path in files}) == 1
+    assert load_file(files[0]).keys() == ll.inspect(files[0]).tensors.keys()
+
+
+def test_whole_modules_are_written_by_name_and_no_pattern_of_a_file_runs(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    model = net()
+    ll.attach(model, ll.LoRAConfig(r=2, train_modules="l._head")).save(path)
+    assert ll.inspect(path).config["train_modules"] == ["^lm_head$"]
+    bomb = "(a*)*$|" + "(.*)*" * 20 + "x"
+    rewritten(path, config={**ll.inspect(path).config, "train_modules": [bomb]})
+    loaded = ll.load(net(), path)
+    assert "lm_head.weight" in dict(loaded.named_tensors())
+    loaded.save(path)
+    assert ll.inspect(path).config["train_modules"] == ["^lm_head$"]
+
+
+def test_a_file_that_lost_a_part_of_a_whole_module(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="^0$", train_modules="^1$")).save(path)
+    rest = {key: tensor for key, tensor in load_file(path).items() if not key.startswith("1.1")}
+    rewritten(path, tensors=rest)
+    ll.detach(model)
+    with pytest.raises(ll.AdapterFileError, match=r"missing: 1.1.weight, 1.1.bias"):
+        ll.load(model, path)

@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..attached.adapter import Adapter
@@ -30,8 +28,6 @@ from ..contract.errors import (
     AdapterFileError,
     BaseMismatch,
     ConfigError,
-    MissingPlugin,
-    UnknownVariant,
     did_you_mean,
     listed,
 )
@@ -39,8 +35,8 @@ from ..contract.param_spec import ParamSpec
 from ..contract.target import Target
 from ..contract.text import count
 from ..contract.variant import Variant
-from ..discovery.registry import get_variant
-from .format import AdapterFile, inspect
+from ..discovery.registry import variant_of_file
+from .format import AdapterFile, open_adapter
 
 
 def load(
@@ -62,9 +58,29 @@ def load(
     ModelStateError, UnsupportedLayer.
     """
     check_reaction(on_base_mismatch)
-    file = inspect(path)
-    tensors = _read_tensors(file)
-    variant = _variant_of(file)
+    with open_adapter(path) as (file, opened):
+        record, targets = _checked(file, model, name, trainable)
+        base: Mapping[str, Tensor] = {}
+        if record.cfg.train_modules:
+            from .whole_modules import trained_whole
+
+            base = trained_whole(file, model, record.cfg)
+        expected = _expected(file, targets, base)
+        saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
+        if any(fingerprint for fingerprint, _ in saved.values()):
+            from ..attached.base_check import check_base
+
+            check_base(str(file.path), targets, saved, on_base_mismatch)
+        tensors = opened.read()
+    values = _values(file, tensors, expected)
+    record.whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
+    install(model, name, record, targets, values=values, trainable=trainable)
+    return Adapter(model, name)
+
+
+def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) -> tuple[Record, list[Target]]:
+    """What the file's header asks for, on this model, if that can be."""
+    variant = variant_of_file(file.path, file.variant, file.plugin)
     cfg = _config_of(file, variant)
     check_attachable(model)
     if trainable:
@@ -75,36 +91,7 @@ def load(
     check_has_weights(targets)
     if trainable:
         check_behaviour(targets)
-    base: Mapping[str, Tensor] = {}
-    if cfg.train_modules:
-        from .whole_modules import trained_whole
-
-        base = trained_whole(file, model, cfg)
-    values = _values_of(file, tensors, targets, base)
-    saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
-    if any(fingerprint for fingerprint, _ in saved.values()):
-        from ..attached.base_check import check_base
-
-        check_base(str(file.path), targets, saved, on_base_mismatch)
-    whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
-    record = Record(variant, cfg, file.seed, whole=whole)
-    install(model, name, record, targets, values=values, trainable=trainable)
-    return Adapter(model, name)
-
-
-def _variant_of(file: AdapterFile) -> Variant:
-    try:
-        return get_variant(file.variant)
-    except UnknownVariant as error:
-        package = file.plugin.get("distribution", "")
-        if not package:
-            raise MissingPlugin(
-                f"{file.path} needs variant '{file.variant}', which was registered by hand; register it first"
-            ) from error
-        raise MissingPlugin(
-            f"{file.path} needs variant '{file.variant}' of {package} {file.plugin.get('version', '')}; "
-            f"type: pip install {package}"
-        ) from error
+    return Record(variant, cfg, file.seed), targets
 
 
 def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
@@ -151,35 +138,31 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
-def _read_tensors(file: AdapterFile) -> dict[str, Tensor]:
-    try:
-        return load_file(file.path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file.path} cannot be read: {error}") from error
-
-
-def _values_of(
-    file: AdapterFile, tensors: Mapping[str, Tensor], targets: Iterable[Target], whole: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """The file's tensors by target and bare name, with names, shapes and kinds as the variant declares them; those of
-    whole modules are compared, too."""
+def _expected(file: AdapterFile, targets: Iterable[Target], whole: Mapping[str, Tensor]) -> dict[str, ParamSpec]:
+    """What the variant declares for each of the file's tensors, after names and shapes were compared with the header;
+    those of whole modules, too."""
     expected: dict[str, ParamSpec] = {}
     for target in targets:
         specs = specs_for(target)
         expected |= {f"{target.name}.{bare}": spec for bare, spec in specs.items() if spec.persistent}
     shapes = {key: spec.shape for key, spec in expected.items()} | {key: tuple(t.shape) for key, t in whole.items()}
-    if shapes.keys() != tensors.keys():
-        missing = [key for key in shapes if key not in tensors]
-        unexpected = [key for key in tensors if key not in shapes]
+    if shapes.keys() != file.tensors.keys():
+        missing = [key for key in shapes if key not in file.tensors]
+        unexpected = [key for key in file.tensors if key not in shapes]
         raise AdapterFileError(
             f"{file.path} does not hold the tensors of variant '{file.variant}'\n"
             f"  missing: {listed(missing, 4)}\n  unexpected: {listed(unexpected, 4)}"
         )
     for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
-            raise AdapterFileError(
-                f"{file.path}: {key} has shape {tuple(tensors[key].shape)}, this model needs {shape}"
-            )
+        if file.tensors[key][1] != shape:
+            raise AdapterFileError(f"{file.path}: {key} has shape {file.tensors[key][1]}, this model needs {shape}")
+    return expected
+
+
+def _values(
+    file: AdapterFile, tensors: Mapping[str, Tensor], expected: Mapping[str, ParamSpec]
+) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by target and bare name, of the kinds that the variant declares."""
     values: dict[str, dict[str, Tensor]] = {}
     for key, spec in expected.items():
         tensor, wanted = tensors[key], spec.dtype or torch.float32

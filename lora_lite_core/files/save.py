@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from importlib_metadata import version
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..attached.model_checks import check_not_sharded
 from ..attached.records import Record, check_outside, record_of, records_of, targets_of
@@ -21,6 +18,7 @@ from ..contract.errors import (
 )
 from ..contract.target import Target
 from .format import FORMAT, FORMAT_VERSION
+from .writing import real_path, write_tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
@@ -39,14 +37,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.base_check import warn_if_stale
 
         warn_if_stale(model, name, stacklevel=3)
-    path = Path(path).resolve()  # a link stays a link
-    if path.suffix != ".safetensors":
+    target = real_path(path)  # a link stays a link
+    if target.suffix != ".safetensors":
         raise AdapterFileError(
-            f"adapters are saved as .safetensors, not '{path.name}'; "
-            f"type save(model, '{path.with_suffix('.safetensors')}')"
+            f"adapters are saved as .safetensors, not '{target.name}'; "
+            f"type save(model, '{target.with_name(f'{target.stem or target.name}.safetensors')}')"
         )
-    if not path.parent.is_dir():
-        raise AdapterFileError(f"folder {path.parent} does not exist; make it first")
     tensors = {
         f"{layer_name}.{bare}": target.params_on(target.layer)[bare]
         for layer_name, target in targets.items()
@@ -56,9 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.whole_modules import current
 
         tensors |= current(model, record)
-    # A copy each: safetensors refuses tensors that share storage or are not contiguous.
-    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    _write(path, copies, _metadata(record, targets))
+    write_tensors(target, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(record, targets))
 
 
 def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
@@ -86,20 +80,3 @@ def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
         "plugin": {"distribution": record.variant.distribution, "version": record.variant.version},
     }
     return {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": json.dumps(adapter)}
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Beside the target first, synced, then renamed: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        umask = os.umask(0)  # there is no other way to read it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # temporary files are for their owner alone
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
