@@ -32,9 +32,9 @@ CONFIG = (
 BOMB = "(a+)+$" * 20
 
 
-def parts() -> tuple[dict[str, Any], dict[str, Any], bytes]:
+def parts(file: bytes | None = None) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     """Header, the adapter's own fields, and data of a valid file."""
-    text = VALID.read_bytes()
+    text = VALID.read_bytes() if file is None else file
     length = int.from_bytes(text[:8], "little")
     header = json.loads(text[8 : 8 + length])
     return header, json.loads(header["__metadata__"]["adapter"]), text[8 + length :]
@@ -45,8 +45,8 @@ def joined(header: Any, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def with_adapter(adapter: Any, *, raw: str | None = None) -> bytes:
-    header, _, data = parts()
+def with_adapter(adapter: Any, *, raw: str | None = None, file: bytes | None = None) -> bytes:
+    header, _, data = parts(file)
     header["__metadata__"]["adapter"] = json.dumps(adapter) if raw is None else raw
     return joined(header, data)
 
@@ -158,7 +158,7 @@ def configs() -> dict[str, bytes]:
             f"{field} is a bomb": with_field("config", field, value=[BOMB]),
             f"{field} is open": with_field("config", field, value=["(" * 5000]),
         }
-        found[f"{field} are costly"] = with_field("config", field, value=["(?i)[a-\U0010ffff]" * 2000])
+        found[f"{field} are costly"] = with_field("config", field, value=["(?i)" + "[a-\U0010ffff]" * 2000])
     for field in ("rank_pattern", "alpha_pattern"):
         found |= {
             f"{field} is a bomb": with_field("config", field, value={BOMB: 1}),

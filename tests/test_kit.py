@@ -425,6 +425,17 @@ def test_errors_in_the_variants_own_file_come_with_the_line(registered: Any) -> 
     assert re.search(r"at: .*test_kit\.py, line \d+: namespace\.forward = ll\.hookimpl\(lambda x", result.message)
 
 
+def test_what_is_random_is_not_called_a_nonlinearity(registered: Any) -> None:
+    namespace = right()
+    namespace.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) * (1 + 0.01 * torch.randn(())))
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig(), only=["affine_as_declared"])
+    assert "two calls on the same rows differ, so that it is no function of them" in result.message
+    assert (
+        "to mend: take what is random out of forward first; for a nonlinearity declare AFFINE = False" in result.message
+    )
+
+
 def test_the_right_one_passes(registered: Any) -> None:
     registered(right(), name="wrong")
     assert [r.message for r in run_checks(WrongConfig()) if not r.ok] == []

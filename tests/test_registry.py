@@ -70,7 +70,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
     yield make
     for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]:
-        from lora_lite_core.contract.variant import forget
+        from lora_lite_core.contract.checked import forget
 
         forget(sys.modules.pop(name))
 

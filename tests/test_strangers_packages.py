@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite_core.cli import commands as cli
-from lora_lite_core.contract.variant import forget
+from lora_lite_core.contract.checked import forget
 from lora_lite_core.discovery import listing, packages, registry
 
 from . import hostile_packages as hostile

@@ -89,7 +89,8 @@ def register(namespace: Any, *, name: str) -> Variant:
     For notebooks and tests: the name is gone with the process. A name registered before is replaced; a name that an
     installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
     """
-    from ..contract.variant import Origin, check_variant
+    from ..contract.checked import check_variant
+    from ..contract.variant import Origin
 
     claims = [entry for entry in variant_entries() if entry.name == name]
     if owners := [e.package.name for e in claims if state_of(e, claims)[0] in ("ok", "claimed twice")]:
@@ -100,7 +101,7 @@ def register(namespace: Any, *, name: str) -> Variant:
 
 def unregister(name: str) -> None:
     """Take back a `register`; UnknownVariant when there was none of that name."""
-    from ..contract.variant import forget
+    from ..contract.checked import forget
 
     if name not in _registered:
         raise UnknownVariant(f"'{name}' was not registered by hand; registered: {listed(_registered)}")
@@ -159,7 +160,8 @@ def _unknown(name: str) -> UnknownVariant:
 
 
 def _imported(entry: Entry) -> Variant:
-    from ..contract.variant import Origin, check_variant
+    from ..contract.checked import check_variant
+    from ..contract.variant import Origin
 
     name, package, version = entry.name, entry.package.name, entry.package.version
     _check_core_range(entry)

@@ -56,11 +56,6 @@ class AdapterFile:
             "tensors": {key: {"dtype": dtype, "shape": list(shape)} for key, (dtype, shape) in self.tensors.items()},
         }
 
-    @property
-    def untargeted(self) -> tuple[str, ...]:
-        """The tensors that lie on none of the targets: those of modules that are trained whole."""
-        return tuple(key for key in self.tensors if key.rpartition(".")[0] not in self.targets)
-
     def __str__(self) -> str:
         plugin = " ".join(part for part in self.plugin.values() if part) or "registered by hand"
         fields = ", ".join(f"{key}={value!r}" for key, value in self.config.items() if key != "variant")
