@@ -151,8 +151,11 @@ def test_layers_that_are_read_without_a_call_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_train_merge_and_come_back(name: str, method: str, tmp_path: Path) -> None:
     make, inputs = MODELS[name]
-    model = make()
+    model = make().requires_grad_(False)
     base = result(model, inputs)
+    # torch.matmul folds a transposed batch into one product only for weights that require a gradient, which differs in
+    # the last digit in siglip (attention) and mamba (x_proj): measured 1e-7. So the base is a frozen one.
+    torch.testing.assert_close(result(make(), inputs), base, rtol=1e-5, atol=1e-6)
     left_out = ("lm_head", "embed_tokens", *([LEAVE_OUT[name]] if name in LEAVE_OUT else []))
     excluded = tuple(
         p for p in left_out if p in ("lm_head", "embed_tokens") or any(p in n for n, _ in model.named_modules())

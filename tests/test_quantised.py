@@ -13,6 +13,7 @@ import lora_lite as ll
 from lora_lite_core.layers.weight_sketch import SAME_STORAGE, sketch_distance
 
 from .models import weights_hash
+from .test_packing import FLAG, rearrange
 from .test_variants import VARIANTS, config
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -86,3 +87,32 @@ def test_from_quantised_to_dense(kind: str, tmp_path: Any) -> None:
         ll.load(dense, tmp_path / "a.safetensors")
     with pytest.raises(ll.BaseMismatch):
         ll.load(nn.Sequential(nn.Linear(64, 64)), tmp_path / "a.safetensors")
+
+
+def start(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    data = [torch.randn(80, 64, generator=torch.Generator().manual_seed(0))] if name == "eva" else None
+    return {
+        key: tensor.detach() for key, tensor in ll.attach(model, config(name), calibration_data=data).named_tensors()
+    }
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_after_prepare_a_baseline_does_not_move_the_start(name: str) -> None:
+    fresh, evaluated = nn.Sequential(layer("nf4")), nn.Sequential(layer("nf4"))
+    setattr(evaluated[0], FLAG, True)  # as on a processor with AVX512-BF16
+    ll.prepare(evaluated)
+    evaluated.eval()(torch.randn(3, 64))
+    ours, theirs = start(name, evaluated), start(name, fresh)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_without_prepare_a_baseline_moves_the_start_by_the_rounding_of_the_scales() -> None:
+    """Singular vectors may turn by several percent where two singular values are close; the values cannot (Weyl)."""
+    fresh, evaluated = nn.Sequential(layer("nf4")), nn.Sequential(layer("nf4"))
+    rearrange(evaluated[0])
+    ours, theirs = start("pissa", evaluated), start("pissa", fresh)
+    before, after = ll.dense_weight(fresh[0]), ll.dense_weight(evaluated[0])
+    torch.testing.assert_close(after, before, rtol=2**-8, atol=0)  # one rounding to bfloat16
+    values = [torch.linalg.svdvals(part["0.lora_B0"] @ part["0.lora_A0"])[:4] for part in (ours, theirs)]
+    moved = float((values[0] - values[1]).abs().max())
+    assert 0 < moved <= float(torch.linalg.matrix_norm(after - before, 2)) + 1e-5
