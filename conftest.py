@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# The matrices of the tests are small: more threads are no faster, and on a busy machine twenty times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +13,21 @@ import pytest
 from torch import Tensor
 
 import lora_lite as ll
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--packing",
+        choices=("on", "off"),
+        help="bitsandbytes' 4-bit layers as on a processor with (on) or without (off) AVX512-BF16; else as on this one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if packing := config.getoption("--packing"):
+        from tests import four_bit
+
+        four_bit.force(packing == "on")
 
 
 @pytest.fixture
