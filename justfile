@@ -3,10 +3,12 @@
 default:
     @just --list
 
-# once after cloning: the git filter and hook that keep index addresses out of uv.lock
+# once after cloning: the git filter and hook that keep index addresses out of uv.lock, and git status clean
 setup:
     git config filter.uvlock.clean "python3 tools/reduce_lock.py"
     git config core.hooksPath tools/git-hooks
+    uv lock --quiet
+    git add uv.lock
 
 test *arguments:
     uv run pytest {{arguments}}
@@ -19,9 +21,13 @@ packaging:
 slow:
     uv run pytest -m slow
 
+# the tests as on other processors: in all ways, those that some processor has failed; --all is the whole suite
+processors *arguments:
+    uv run python tools/processors.py {{arguments}}
+
 # quantised bases on this machine, on CUDA where there is one
 bnb-smoke:
-    uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py
+    uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py
 
 lint:
     uv run ruff check .

@@ -122,6 +122,12 @@ def test_commands_in_the_readme(command: str, in_a_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_newcomer_is_told_why_the_lock_has_changed() -> None:
+    commands = README.partition("## Two commands\n")[2].partition("\n## ")[0]
+    assert "`M uv.lock`" in commands
+    assert "CONTRIBUTING.md#the-lock-file" in commands
+
+
 def test_links_point_to_files() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

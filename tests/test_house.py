@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,29 @@ source = { editable = "." }
 def test_reducing_a_lock() -> None:
     assert reduce(COMPLETE) == REDUCED
     assert reduce(REDUCED) == REDUCED, "the git filter may run twice"
+
+
+def test_just_setup_hides_the_completed_lock(tmp_path: Path) -> None:
+    recipe = re.search(r"^setup:\n((?: +.+\n)+)", (ROOT / "justfile").read_text(encoding="utf-8"), flags=re.M)
+    assert recipe
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    (tmp_path / "uv.lock").write_text(REDUCED, encoding="utf-8")
+    git("init", "--quiet")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b.invalid", "commit", "--quiet", "-m", "all")
+    for line in recipe[1].splitlines():
+        if line.strip().startswith("uv lock"):
+            (tmp_path / "uv.lock").write_text(COMPLETE, encoding="utf-8")
+            assert git("status", "--short") == " M uv.lock\n"
+        else:
+            subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    assert git("status", "--short") == ""
+    assert (tmp_path / "uv.lock").read_text(encoding="utf-8") == COMPLETE
 
 
 def test_checking_a_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
