@@ -106,7 +106,8 @@ def checks() -> str:
     """Every check of the conformance kit."""
     parts = [
         """What `lora-lite check NAME` and `variant_checks` test, in this order. Each failure says which promise broke,
-what was seen, and the way to keep it.
+what was seen, and the way to keep it. Outputs are compared with those of the *frozen* model: freezing alone may make
+torch take another kernel, the last digit apart.
 """
     ]
     parts += [f"## {check.name}\n\n{check.promise}\n\n*To keep it:* {check.mend}.\n" for check in CHECKS.values()]
