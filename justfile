@@ -17,7 +17,7 @@ test *arguments:
 packaging:
     uv run pytest -m packaging
 
-# trains every variant for a while: a minute
+# trains every variant for a while, interrupts long operations at every line: minutes
 slow:
     uv run pytest -m slow
 
