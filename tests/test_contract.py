@@ -150,6 +150,8 @@ def test_one_module_under_two_names(registered: Any, toy: SimpleNamespace) -> No
     ("constant", "value", "message"),
     [
         ("IDENTITY_ATOL", -1, "IDENTITY_ATOL is -1; give a number from 0"),
+        ("LEARNING_RATE", "fast", "LEARNING_RATE is 'fast'; give a number above 0, for AdamW"),
+        ("LEARNING_RATE", 0, "LEARNING_RATE is 0; give a number above 0, for AdamW"),
         ("IDENTITY_ATOL", 1e-6, "IDENTITY_ATOL = 1e-06 needs an IDENTITY_REASON"),
         ("AFFINE", "yes", "AFFINE is 'yes'; give True or False"),
     ],

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, help="Seed of the first run.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Runs per variant.")
 @click.option("--steps", type=click.IntRange(10), help="Training steps.  [default: 120; 30 with --quick]")
-@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant]")
+@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant; a module may state its own]")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="The table as an SVG file, too.")

@@ -24,7 +24,8 @@ from .costs import PeakMemory, added_macs_per_token, step_times
 from .tasks import problem, problems
 
 # Learning rates for this small model: of those tried the best on the valid split, or the smaller of two within noise
-# (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get DEFAULT_LR.
+# (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get
+# their module's own LEARNING_RATE, or DEFAULT_LR.
 LEARNING_RATES = {
     "antipasto": 4e-2,
     "delora": 5e-3,
@@ -104,7 +105,7 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     before = weights_hash(model, base_names)
     cfg = config_for(variant, fields)
     found = ll.get_variant(variant)
-    lr = plan.lr or LEARNING_RATES.get(variant, DEFAULT_LR)
+    lr = plan.lr or LEARNING_RATES.get(variant) or found.learning_rate or DEFAULT_LR
     result = Result(
         variant,
         cfg.to_dict(),

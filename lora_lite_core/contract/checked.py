@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from pluggy import HookImpl, PluginManager, PluginValidationError
@@ -161,5 +162,8 @@ def _check_constants(label: str, namespace: Any) -> None:
         raise BrokenPlugin(
             f"{label}: IDENTITY_ATOL = {atol} needs an IDENTITY_REASON, one sentence that says why not 0"
         )
+    rate = getattr(namespace, "LEARNING_RATE", None)
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+        raise BrokenPlugin(f"{label}: LEARNING_RATE is {rate!r}; give a number above 0, for AdamW")
     if not isinstance(getattr(namespace, "AFFINE", True), bool):
         raise BrokenPlugin(f"{label}: AFFINE is {namespace.AFFINE!r}; give True or False")

@@ -28,6 +28,7 @@ Constants that a module may hold:
 Config            required: the config class, as in `Config = MyConfig`
 AFFINE            False when the adapted layer is not affine in x, so that it cannot be merged or exported; default True
 IDENTITY_ATOL     largest deviation of a fresh adapter from the identity in float32; default 0.0, bit for bit
+LEARNING_RATE     what AdamW trains it well with, for benchmarks of methods they do not know; default None
 IDENTITY_REASON   one sentence that says why it is not 0; required beside IDENTITY_ATOL
 """
 

@@ -43,6 +43,7 @@ class Variant:
         self.affine: bool = getattr(namespace, "AFFINE", True)
         self.identity_atol: float = getattr(namespace, "IDENTITY_ATOL", 0.0)
         self.identity_reason: str = getattr(namespace, "IDENTITY_REASON", "")
+        self.learning_rate: float | None = getattr(namespace, "LEARNING_RATE", None)
         self.param_specs = hooks["param_specs"]
         self.init = hooks.get("init")
         self.group_init = hooks.get("group_init")
