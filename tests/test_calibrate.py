@@ -89,6 +89,28 @@ def test_the_model_is_as_before_also_after_a_failure() -> None:
     assert {name: m.training for name, m in model.named_modules()} == modes
 
 
+def test_nobody_else_sees_that_the_model_is_being_calibrated() -> None:
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 4))
+    seen = []
+
+    class Batches(list[Any]):
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                yield batch
+                seen.append(([m.training for m in model], [len(m._forward_pre_hooks) for m in model], model.calls))
+
+    found = moments(model, Batches([torch.randn(3, 6), torch.randn(3, 6)]))
+    assert seen == [([True] * 3, [0] * 3, 0)] * 2
+    assert found["2"].count == 6
+
+
 def test_memory_does_not_grow_with_tokens() -> None:
     model = nn.Sequential(nn.Linear(16, 4))
     small = moments(model, [torch.randn(10, 16)])["0"]

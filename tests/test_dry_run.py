@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import random
 from typing import Any
 
 import pytest
@@ -119,3 +121,91 @@ def test_caches_that_a_forward_fills_stay_real() -> None:
     assert type(model.cos) is torch.Tensor
     assert not hasattr(model, "length")
     assert type(model(torch.randn(5, 8))) is torch.Tensor
+
+
+class Writing(nn.Module):
+    """Counts, caches and draws in forward, as models with statistics, key-value caches and layer drop do."""
+
+    def __init__(self, *, looks: bool, clips: bool = False) -> None:
+        super().__init__()
+        self.linear, self.looks, self.clips = nn.Linear(8, 8), looks, clips
+        self.embedding = nn.Embedding(8, 8, max_norm=0.1)
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.kept: list[Any] = []
+        self.seen: dict[str, Any] = {"inner": []}
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        self.calls += 1
+        self.kept.append(x)
+        self.seen["inner"].append(x)
+        self.latest = x
+        if cache is not None:
+            cache.append(x)
+        if random.random() > 2 or (torch.rand([]) > 2 if self.looks else False):
+            return x
+        if self.clips:
+            self.linear.weight.clamp_(-0.01, 0.01)
+            x.add_(1)
+        if self.looks and not x.sum().isnan().item():
+            x = x + self.embedding(torch.arange(8)).sum()
+        self.norm.train()
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clips"])
+@pytest.mark.parametrize("looks", [False, True], ids=["faked", "for real"])
+def test_the_run_changes_nothing(looks: bool, clips: bool) -> None:
+    model = Writing(looks=looks, clips=clips)
+    before = snapshot(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}, dict(vars(model))
+    x, cache = torch.randn(5, 8), []
+    given = x.clone()
+    drawn, state = torch.get_rng_state(), random.getstate()
+    seen = ll.coverage(model, x, cache=cache)
+    assert seen.fired == ("linear",)
+    ll.attach(model, ll.LoRAConfig(r=2), check_inputs={"x": x, "cache": cache})
+    ll.detach(model)
+    assert snapshot(model) == before[0]
+    assert all(torch.equal(tensor, before[1][key]) for key, tensor in model.state_dict().items())
+    assert vars(model).keys() == before[2].keys()
+    assert (model.kept, model.seen, cache) == ([], {"inner": []}, [])
+    assert torch.equal(x, given)
+    assert random.getstate() == state
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["faked", "for real"])
+def test_other_threads_see_nothing_of_the_run(looks: bool) -> None:
+    """What the model is while a forward of the dry run is under way."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+    class Watch:
+        seen: list[Any] = []  # noqa: RUF012
+
+        def look(self, *_: Any) -> None:
+            hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]
+            self.seen.append(([m.training for m in model], hooks, [id(p) for p in model.parameters()]))
+            if looks:
+                torch.ones(1).item()
+
+    watch = Watch()
+    expected = [True, True], [0, 0], [id(p) for p in model.parameters()]
+    model.register_forward_pre_hook(watch.look)
+    ll.coverage(model, torch.randn(2, 4))
+    assert watch.seen
+    assert all(seen == expected for seen in watch.seen)
+
+
+def test_a_mapping_is_a_batch_of_keyword_arguments() -> None:
+    model = Odd()
+    batch = collections.UserDict({"x": torch.randn(5, 8)})
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("^used",)), check_inputs=batch)
+
+
+def test_a_model_that_forbids_copies() -> None:
+    class Sharded(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("no deepcopy here")
+
+    with pytest.raises(ll.ModelStateError, match="Sharded forbids the copy of its structure that a dry run needs"):
+        ll.coverage(Sharded(nn.Linear(4, 4)), torch.randn(2, 4))

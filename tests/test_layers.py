@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite_core.layers.behaviour import misbehaviour
 from lora_lite_core.layers.kinds import layer_sizes, storage_of
 from lora_lite_core.layers.weight_sketch import ACROSS_STORAGES, SAME_STORAGE, sketch_distance
+from lora_lite_core.weights.affine_map import dense_twin
 
 from .measure_sketch import measure
 
@@ -57,6 +61,28 @@ def test_dense_weight_is_exact(dtype: torch.dtype) -> None:
 def test_parametrised_layers_are_probed() -> None:
     layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(20, 7))
     torch.testing.assert_close(ll.dense_weight(layer), layer.weight, rtol=0, atol=1e-7)
+
+
+def test_a_layer_without_a_weight_is_probed() -> None:
+    """As HQQ's, which keeps codes in an attribute that is no parameter."""
+
+    class Codes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 300, 7
+            self.W_q = torch.randn(7, 300)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.W_q.T
+
+    layer = Codes()
+    assert torch.equal(ll.dense_weight(layer), layer.W_q)
+    assert storage_of(layer) == "Codes"
+
+
+def test_parametrised_layers_are_probed_in_their_own_dtype() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(20, 7, bias=False).to(torch.bfloat16))
+    assert ll.dense_weight(layer).dtype == torch.bfloat16
 
 
 def test_base_forward_runs_no_hook() -> None:
@@ -160,3 +186,138 @@ def test_layers_that_look_linear_and_are_not(kind: type[nn.Linear], why: str) ->
     ):
         ll.attach(model, ll.LoRAConfig(r=2))
     ll.attach(model, ll.LoRAConfig(r=2, exclude_names=("1",)))
+
+
+# --- probing does not touch the layer --------------------------------------------------------------------------------
+
+
+def notes(layer: nn.Module) -> dict[str, Any]:
+    """All that a layer holds: objects, bytes and flags."""
+    own = dict(vars(layer))
+    weight = own["_parameters"].get("weight")  # layer.weight would run a parametrisation
+    held = {
+        name: (id(tensor), None if tensor is None else tensor.tolist()) for name, tensor in own["_parameters"].items()
+    }
+    return own | {"_parameters": held, "weight": weight is not None and (dict(vars(weight)), weight._version)}
+
+
+class Restless(nn.Linear):
+    """Writes itself in forward, also in eval mode."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+        self.inputs: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.inputs.append(x)
+        self.weight.data.mul_(1.0)
+        with torch.no_grad():
+            self.weight.mul_(1.0)
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def of_bitsandbytes(kind: str, **options: Any) -> Any:
+    return getattr(pytest.importorskip("bitsandbytes").nn, kind)(64, 64, **options).to("cpu").to(torch.bfloat16)
+
+
+def kinds() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        "Conv1D": lambda: Conv1D(64, 64),
+        "Subclass": lambda: Subclass(64, 64),
+        "Restless": lambda: Restless(64, 64),
+        "8-bit": lambda: of_bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+        "4-bit": lambda: of_bitsandbytes("Linear4bit", quant_type="nf4"),
+        "spectral": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64)),
+    }
+
+
+READS = {
+    "dense_weight": ll.dense_weight,
+    "sketch": ll.sketch,
+    "misbehaviour": misbehaviour,
+    "dense_twin": lambda layer: dense_twin(layer, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("kind", kinds())
+def test_reading_a_layer_does_not_touch_it(kind: str, read: Callable[[nn.Module], Any]) -> None:
+    layer = kinds()[kind]().train()
+    buffers = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    before = notes(layer)
+    read(layer)
+    assert notes(layer) == before
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in layer.named_buffers())
+
+
+def test_a_layer_is_read_in_eval_mode() -> None:
+    layer = Restless(64, 7)
+    assert torch.equal(ll.dense_weight(layer), layer.weight)
+    assert torch.equal(ll.sketch(layer), ll.sketch(layer))
+    assert layer.training
+
+
+def test_the_adapter_is_probed_in_eval_mode_for_a_merge() -> None:
+    assert not dense_twin(nn.Linear(3, 3), torch.device("cpu")).training
+
+
+def test_a_plain_weight_is_looked_at_not_computed() -> None:
+    layer, conv = nn.Linear(5, 7), Conv1D(7, 5)
+    assert ll.dense_weight(layer).data_ptr() == layer.weight.data_ptr()
+    assert ll.dense_weight(conv).data_ptr() == conv.weight.data_ptr()
+    layer.forward = conv.forward = None  # type: ignore[method-assign, assignment]
+    ll.sketch(layer)
+    ll.sketch(conv)
+
+
+@pytest.mark.parametrize("read", [ll.dense_weight, ll.sketch, READS["dense_twin"]], ids=["weight", "sketch", "twin"])
+@pytest.mark.parametrize("kind", ["Conv1D", "Subclass", "8-bit", "4-bit"])
+def test_other_threads_compute_the_same_while_a_layer_is_read(kind: str, read: Callable[[nn.Module], Any]) -> None:
+    layer = kinds()[kind]().eval()
+    if "bit" in kind:
+        layer.support_avx512bf16_for_cpu = False
+    x = torch.randn(3, 64, dtype=layer.bias.dtype)
+    with torch.no_grad():
+        expected = layer(x)
+    outputs: list[torch.Tensor] = []
+    stop, started = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                outputs.append(layer(x))
+                started.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(60)
+        for _ in range(60):
+            read(layer)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(outputs) > 1
+    assert all(torch.equal(y, expected) for y in outputs)
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_the_layer_computes_in_the_middle_of_a_reading(read: Callable[[nn.Module], Any]) -> None:
+    """As above, at the moment at which it matters, whatever the threads do."""
+    outputs: list[torch.Tensor] = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self is not layer:  # a twin
+                outputs.append(layer(probe))
+            return super().forward(x)
+
+    layer = Watched(8, 8)
+    probe = torch.randn(2, 8)
+    expected = layer(probe)
+    read(layer)
+    assert outputs
+    assert all(torch.equal(y, expected) for y in outputs)
+    assert all(p.grad is None for p in layer.parameters())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import random
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..contract.errors import TargetError, listed
 from ..contract.text import count
 from ..layers.kinds import layer_sizes
+from ..layers.twin import Twins
 from .records import records_of
 from .targeting import linear_layers
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,13 @@ class Coverage:
 
 
 def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
-    """Run `model(*args, **inputs)` without computing, and report which layers were called.
+    """Run a twin of the model on these inputs without computing, and report which layers were called.
 
-    The targets are the adapted layers, or all linear layers when there is no adapter. The run is under FakeTensorMode,
-    in eval mode; a model that looks at values (as expert routing does) is run for real under no_grad instead, and then
-    layers count as silent that these inputs did not reach. Nothing of the model is changed.
+    The targets are the adapted layers, or all linear layers when there is no adapter. The twin has the model's hooks
+    and runs in eval mode under FakeTensorMode; a model that looks at values (as expert routing does) is run for real
+    under no_grad instead, and then layers count as silent that these inputs did not reach. Nothing of the model, the
+    inputs and torch's random numbers is changed; what forward keeps elsewhere (globals, an lru_cache, a recorder that a
+    hook fills) is not the model's. Raises ModelStateError for a model whose class forbids copies.
     """
     adapters = records_of(model).adapters.values()
     targets = dict.fromkeys(name for record in adapters for name in record.layers)
@@ -77,8 +85,8 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
 
 def check_reached(model: nn.Module, layers: dict[str, nn.Module], batch: Any) -> None:
     """Raise TargetError when a run on this batch (as `run_batch` takes it) does not call one of the layers."""
-    if isinstance(batch, dict):
-        called = _called(model, layers, ((), batch))
+    if isinstance(batch, Mapping):
+        called = _called(model, layers, ((), dict(batch)))
     else:
         called = _called(model, layers, (batch if isinstance(batch, (tuple, list)) else (batch,), {}))
     if silent := [name for name in layers if name not in called]:
@@ -90,39 +98,48 @@ def check_reached(model: nn.Module, layers: dict[str, nn.Module], batch: Any) ->
 
 def _called(model: nn.Module, layers: dict[str, nn.Module], batch: tuple[Iterable[Any], dict[str, Any]]) -> set[str]:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map_only
 
+    try:
+        return _run(model, layers, batch, FakeTensorMode(allow_non_fake_inputs=True))
+    except Exception:
+        return _run(model, layers, batch, None)
+
+
+def _run(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batch: tuple[Iterable[Any], dict[str, Any]],
+    faking: FakeTensorMode | None,
+) -> set[str]:
+    """The names of the layers that a twin of the model calls, for real or (faking) without computing."""
     seen: set[str] = set()
-    args, inputs = batch
+    twins = Twins()
+    twin = twins.of(model)
+    for name, layer in layers.items():
+        twins.of(layer).register_forward_hook(lambda *_, name=name: seen.add(name))
+    args, inputs = twins.of((tuple(batch[0]), batch[1]))
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(lambda *_, name=name: seen.add(name)).remove)
-        stack.callback(_restorer(model))  # its mode, and caches that would keep tensors without values
-        model.eval()
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                given, named = tree_map_only(torch.Tensor, mode.from_tensor, (tuple(args), inputs))
-                model(*given, **named)
-        except Exception:
-            seen.clear()
-            with torch.no_grad():
-                model(*args, **inputs)
+        stack.enter_context(_random_numbers_kept(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(twins.kept_apart())
+        if faking is not None:
+            stack.enter_context(faking)
+            args, inputs = tree_map_only(torch.Tensor, faking.from_tensor, (args, inputs))
+        twin(*args, **inputs)
     return seen
 
 
-def _restorer(model: nn.Module) -> Callable[[], None]:
-    """Puts every module's attributes, buffers and parameters back as they are now."""
-    kept = [(module, dict(vars(module)), dict(module._buffers), dict(module._parameters)) for module in model.modules()]
-
-    def restore() -> None:
-        for module, attributes, buffers, parameters in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for held, before in ((module._buffers, buffers), (module._parameters, parameters)):
-                held.clear()
-                held.update(before)  # type: ignore[arg-type]
-
-    return restore
+@contextmanager
+def _random_numbers_kept(model: nn.Module) -> Generator[None]:
+    """What is drawn inside is drawn again after it: the global generators of torch (on the model's devices) and of
+    Python come back as they were."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _size(layer: nn.Module) -> int:

@@ -48,10 +48,11 @@ def storage_of(layer: nn.Module) -> str:
     """How the layer keeps its weight: "dense" for floating point, "bnb-nf4", "bnb-int8" …, else the class of the weight
     (torchao, quanto) or of the layer."""
     kind = type(layer).__name__
-    weight = getattr(layer, "weight", None)
-    if kind == "Linear4bit":
+    parametrised = "parametrizations" in layer._modules  # its weight is computed, and statistics of it moved on
+    weight = None if parametrised else getattr(layer, "weight", None)
+    if is_a(layer, "bitsandbytes.Linear4bit"):
         return f"bnb-{getattr(weight, 'quant_type', '4bit')}"
-    if kind == "Linear8bitLt":
+    if is_a(layer, "bitsandbytes.Linear8bitLt"):
         return "bnb-int8"
     if type(weight) is nn.Parameter and weight.dtype in _FLOATS:
         return "dense"
@@ -66,6 +67,8 @@ def _tensors(layer: nn.Module) -> Iterator[Tensor]:
         if tensor is not None and not name.startswith("lora_"):  # an adapter's, not the layer's
             yield tensor
     yield from (value for value in vars(layer).values() if isinstance(value, Tensor))  # HQQ keeps W_q as an attribute
+    for inner in layer.children():  # a parametrised layer keeps its weight there
+        yield from inner.parameters()
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -74,7 +77,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a plain weight, transposed."""
+    """Hugging Face's Conv1D: a plain weight, transposed. A class derived from it may compute something else."""
     return type(layer).__name__ == "Conv1D" and type(getattr(layer, "weight", None)) is nn.Parameter
 
 
@@ -85,6 +88,12 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_a(thing: object, *names: str) -> bool:
-    """Whether the object's class, or one that it derives from, has one of these names: for classes of packages that the
-    core does not import."""
-    return any(kind.__name__ in names for kind in type(thing).__mro__)
+    """Whether the object's class, or one that it derives from, has one of these names ("package.Class" where others
+    may use the name, too): for classes of packages that the core does not import."""
+    return not _names_of(type(thing)).isdisjoint(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_of(kind: type) -> frozenset[str]:
+    bases = [(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__]
+    return frozenset((*(name for _, name in bases), *(f"{package}.{name}" for package, name in bases)))

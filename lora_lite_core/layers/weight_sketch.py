@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .kinds import is_conv1d, is_plain, layer_device, sizes_of
-from .weight import _probe_dtype, _probing, base_forward
+from .kinds import layer_device, sizes_of
+from .weight import base_forward, plain_weight, probe
 
 SKETCH_SIZE = 16  # projections of a sketch
 
@@ -17,22 +17,20 @@ def sketch(layer: nn.Module) -> Tensor:
     """Sixteen fixed cosine projections uₖᵀ W vₖ (‖uₖ‖ = ‖vₖ‖ = 1) and the RMS of W as probed by them: (17,) float32.
 
     It recognises a weight: it survives rounding to bfloat16 and float16, and tells other weights, permutations, sign
-    flips and a 1 % fine-tune apart. Quantised and other special layers are run on the sixteen rows, not unpacked.
+    flips and a 1 % fine-tune apart. Of quantised and other special layers a twin is run on the sixteen rows.
     """
     d_in, d_out = sizes_of(layer)
     device = layer_device(layer)
     rows = _cosines(SKETCH_SIZE, d_in, (math.sqrt(5) - 1) / 2).to(device)
     columns = _cosines(SKETCH_SIZE, d_out, math.sqrt(2) - 1).to(device)
-    weight = layer.weight.T if is_plain(layer) else layer.weight if is_conv1d(layer) else None
-    with _probing(layer):
-        if isinstance(weight, Tensor):
-            images = rows @ weight.detach().to(rows.dtype)
-        else:
-            dtype = _probe_dtype(layer)
-            at_zero = base_forward(layer, torch.zeros(1, d_in, dtype=dtype, device=device))
-            images = (base_forward(layer, rows.to(dtype)) - at_zero).to(rows.dtype)
-        projections = (images * columns).sum(-1)
-        return torch.cat([projections, images.square().mean().sqrt().reshape(1)]).float()
+    if (weight := plain_weight(layer)) is not None:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            images = rows @ weight.T.to(rows.dtype)
+    else:
+        with probe(layer, bias=False) as (twin, zero):
+            images = (base_forward(twin, rows.to(zero.dtype)) - base_forward(twin, zero)).to(rows.dtype)
+    projections = (images * columns).sum(-1)
+    return torch.cat([projections, images.square().mean().sqrt().reshape(1)]).float()
 
 
 def _cosines(count: int, size: int, ratio: float) -> Tensor:

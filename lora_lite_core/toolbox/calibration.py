@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
 from ..layers.kinds import input_name
+from ..layers.twin import Twins
 
 if TYPE_CHECKING:
     from ..contract.target import Target
@@ -95,22 +95,20 @@ def collect_inputs(
     """One pass over the batches: for each target an accumulator of what its layer receives, padding left out.
 
     With `shared`, layers that receive the same live tensor object in one forward get one accumulator between them. Rows
-    that a batch's `attention_mask` marks with 0 are left out. The model runs in eval mode under no_grad, with a
-    progress bar on a terminal. Raises CalibrationError for a layer that no batch reached, or that left its group.
+    that a batch's `attention_mask` marks with 0 are left out. A twin of the model runs, in eval mode under no_grad,
+    with a progress bar on a terminal. Raises CalibrationError for a layer that no batch reached, or that left its
+    group, ModelStateError for a model whose class forbids copies.
     """
     collector = _Collector(make, shared)
-    training = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
-        for target in targets:
-            hook = collector.hook_for(target)
-            stack.callback(target.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.callback(lambda: [setattr(module, "training", was) for module, was in training.items()])
-        model.eval()
-        hidden = not sys.stderr.isatty()
-        bar = stack.enter_context(click.progressbar(batches, label="calibrating", file=sys.stderr, hidden=hidden))
+    twins = Twins()
+    twin = twins.of(model)
+    for target in targets:
+        twins.of(target.layer).register_forward_pre_hook(collector.hook_for(target), with_kwargs=True)
+    hidden = not sys.stderr.isatty()
+    with click.progressbar(batches, label="calibrating", file=sys.stderr, hidden=hidden) as bar:
         for batch in bar:
             collector.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            run_batch(model, batch)
+            run_batch(twin, batch)
             collector.seen.clear()  # its tensors die now, and their addresses may be used again
     if missed := [target.name for target in targets if target.name not in collector.leader]:
         raise CalibrationError(f"no batch of the calibration data reached {missed[0]} ({len(missed)} layers in all)")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..attached.forward_hooks import targets_on
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
-from ..layers.kinds import layer_device, layer_sizes
-from ..layers.weight import PROBE_ROWS, base_forward, dense_weight
+from ..layers.kinds import layer_device
+from ..layers.weight import PROBE_ROWS, base_forward, bias_of, dense_weight
 
 AFFINE_TOLERANCE = 1e-6  # relative; affine variants stay below 1e-12, a tanh of size 1e-3 shows as 2e-5
 
@@ -61,11 +61,9 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
 
 
 def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
-    """A plain float64 nn.Linear that computes what the frozen layer does; its bias is zeros where there is none."""
-    d_in, d_out = layer_sizes(layer) or (0, 0)
-    weight = dense_weight(layer)
-    bias = base_forward(layer, torch.zeros(1, d_in, dtype=weight.dtype, device=weight.device))[0]
-    twin = nn.Linear(d_in, d_out, device="meta")
+    """A plain float64 nn.Linear, in eval mode, that computes what the frozen layer does; its bias may be zeros."""
+    weight, bias = dense_weight(layer), bias_of(layer)
+    twin = nn.Linear(weight.shape[1], weight.shape[0], device="meta").eval()
     twin.weight = nn.Parameter(weight.to(device, torch.float64), requires_grad=False)
     twin.bias = nn.Parameter(bias.to(device, torch.float64), requires_grad=False)
     return twin
