@@ -17,8 +17,6 @@ from .attached.adapter import (
 from .attached.adapter import (
     disabled as disabled,
 )
-from .attached.coverage import Coverage as Coverage
-from .attached.coverage import coverage as coverage
 from .contract.config import AdapterConfig as AdapterConfig
 from .contract.config import LowRankConfig as LowRankConfig
 from .contract.config import RankConfig as RankConfig
@@ -95,6 +93,8 @@ from .layers.weight import dense_weight as dense_weight
 from .layers.weight_sketch import sketch as sketch
 from .toolbox.calibration import calibration_batches as calibration_batches
 from .toolbox.calibration import run_batch as run_batch
+from .toolbox.coverage import Coverage as Coverage
+from .toolbox.coverage import coverage as coverage
 from .toolbox.lowrank import lowrank_delta as lowrank_delta
 from .toolbox.optimizer_groups import param_groups as param_groups
 from .toolbox.rotations import cayley_offset as cayley_offset

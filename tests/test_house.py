@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +36,27 @@ def lines(path: Path) -> int:
 @pytest.mark.parametrize("path", sorted((ROOT / "lora_lite_core").rglob("*.py")), ids=lambda p: p.name)
 def test_core_files_are_short(path: Path) -> None:
     assert lines(path) < 250
+
+
+def test_core_folders_have_few_entries() -> None:
+    folders = [ROOT / "lora_lite_core", *(path.parent for path in (ROOT / "lora_lite_core").rglob("__init__.py"))]
+    for folder in set(folders):
+        modules = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+        packages = [path.parent for path in folder.glob("*/__init__.py")]
+        assert len(modules) + len(packages) <= 9, folder
+
+
+def test_the_floors_of_the_core() -> None:
+    """Each folder imports only from those below it, and there is no circle of modules; types count as well."""
+    done = subprocess.run(
+        ["lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("plugins/*/lora_lite_*/*.py")), ids=lambda p: p.name)

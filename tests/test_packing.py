@@ -15,11 +15,17 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite_core.layers import four_bit_packing
-from lora_lite_core.layers.four_bit_packing import Unpacking, keep_unpacked, let_pack
+from lora_lite_core.layers.four_bit_packing import Unpacking, let_pack
 from lora_lite_core.layers.kinds import storage_of
 
 bnb = pytest.importorskip("bitsandbytes")
 FLAG = "support_avx512bf16_for_cpu"
+
+
+def keep_unpacked(model: nn.Module) -> list[str]:
+    plan = Unpacking(model)
+    plan.apply()
+    return plan.names
 
 
 @pytest.fixture(autouse=True)

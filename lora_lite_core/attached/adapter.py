@@ -93,9 +93,7 @@ class Adapter:
         """
         record = self.record
         if record.ready:
-            raise ModelStateError(
-                f"adapter '{self.name}' has its values already; initialize() is for one attached on meta"
-            )
+            raise ModelStateError(f"adapter '{self.name}' has its values already; this is for one attached on meta")
         check_attachable(self.model)
         check_takes_parameters(self.model)
         check_calibration(record.variant, calibration_data)
@@ -197,7 +195,7 @@ def attach(
     check_calibration(variant, calibration_data)
     check_behaviour(targets)
     if check_inputs is not None:
-        from .coverage import check_reached
+        from ..layers.dry_run import check_reached
 
         check_reached(model, {target.name: target.layer for target in targets}, check_inputs)
     on_meta = any(layer_device(target.layer).type == "meta" for target in targets)
@@ -239,12 +237,9 @@ def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
     block = object()
     try:
         try:
-            for one in names:
-                switch_off(model, one, block, "disabled")
+            switch_off(model, names, block, "disabled")
             yield
         finally:  # twice, so that an interrupt in the first is made good by the second
-            for one in names:
-                switch_on(model, one, block)
+            switch_on(model, names, block)
     finally:
-        for one in names:
-            switch_on(model, one, block)
+        switch_on(model, names, block)

@@ -6,6 +6,8 @@ by layer, so that copy.deepcopy, pickle, FSDP2's parameter swaps and torch.compi
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,3 +129,20 @@ def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: 
             f"{kind} of variant '{target.variant.name}' returned {type(result).__name__}; return the new tensor"
         )
     return result
+
+
+@contextmanager
+def leaving_no_hook(model: nn.Module, who: str) -> Generator[None]:
+    """Forward hooks that the block adds and leaves are removed, and raise BrokenPlugin unless it fails itself."""
+    hooks = {m: (set(m._forward_pre_hooks), set(m._forward_hooks)) for m in model.modules()}
+    left: list[str] = []
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            for held, before in zip((module._forward_pre_hooks, module._forward_hooks), hooks[module], strict=True):
+                for key in set(held) - before:
+                    del held[key]
+                    left.append(name)
+    if left:
+        raise BrokenPlugin(f"{who} left a forward hook on {left[0]}; remove what it registers, as with an ExitStack")

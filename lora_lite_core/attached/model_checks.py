@@ -16,8 +16,7 @@ from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, Model
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from ..layers.behaviour import misbehaviour
-from ..layers.kinds import layer_device, storage_of
+from ..layers.kinds import is_usual, layer_device, storage_of
 from .records import check_outside
 from .targeting import check_layer
 
@@ -127,8 +126,13 @@ def check_calibration(variant: Variant, data: Any) -> None:
 
 def check_behaviour(targets: Iterable[Target]) -> None:
     """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
-    for target in {(type(t.layer), storage_of(t.layer)): t for t in targets}.values():
-        if layer_device(target.layer).type != "meta" and (why := misbehaviour(target.layer)):
+    unusual = [t for t in targets if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
+    if not unusual:
+        return
+    from ..layers.behaviour import misbehaviour
+
+    for target in {(type(t.layer), storage_of(t.layer)): t for t in unusual}.values():
+        if why := misbehaviour(target.layer):
             raise UnsupportedLayer(
                 f"{target.name}, a {type(target.layer).__name__} ({storage_of(target.layer)}), {why}; "
                 f"leave it out with exclude_names=(…, '{target.name.rpartition('.')[2]}')"

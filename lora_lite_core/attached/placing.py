@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.errors import AdapterNameError, BrokenPlugin, TargetError
+from ..contract.errors import AdapterNameError, TargetError
 from ..contract.target import Target
-from ..layers.four_bit_packing import keep_unpacked, let_pack
-from .forward_hooks import add_target, remove_target, targets_on
+from .forward_hooks import add_target, leaving_no_hook, remove_target, targets_on
 from .records import RECORDS, AllOrNothing, Record, present_targets, record_of, records_of
 from .tensors import (
     Made,
@@ -49,8 +49,9 @@ def install(
         from .whole_modules import check_untrained
 
         check_untrained(model, (*record.whole, *(target.name for target in targets)))
-    unpacked = keep_unpacked(model)
-    with AllOrNothing(model, undo=lambda: let_pack(model, unpacked)):
+    unpacking = _unpacking(model)
+    with AllOrNothing(model, undo=unpacking.undo):
+        unpacking.apply()
         if name in records_of(model).adapters:
             take_off(model, name)
         making = Making(record.seed)
@@ -60,27 +61,29 @@ def install(
             making.run_group_init(model, record, calibration_data)
         _commit(model, name, record, list(making.placed), trainable)
         records = records_of(model)
-        vars(model)[RECORDS] = replace(records, unpacked=(*records.unpacked, *unpacked))
+        vars(model)[RECORDS] = replace(records, unpacked=(*records.unpacked, *unpacking.names))
 
 
 def uninstall(model: nn.Module, names: Sequence[str]) -> None:
     """Take these adapters off; with the last one everything else that `install` has done is undone, too."""
-    with AllOrNothing(model):
+    unpacked = records_of(model).unpacked
+    with AllOrNothing(model, undo=lambda: _let_pack(model, unpacked, False)):
         for name in names:
             take_off(model, name)
         if not records_of(model).adapters:
             _release(model)
 
 
-def switch_off(model: nn.Module, name: str, block: object, kind: str) -> None:
-    """Have the adapter not run until `switch_on` with the same `block`; other blocks count on their own."""
-    record_of(model, name).blocks[block] = kind
-    _switch(model, name)
+def switch_off(model: nn.Module, names: Sequence[str], block: object, kind: str) -> None:
+    """Have these adapters not run until `switch_on` with the same `block`; other blocks count on their own."""
+    for name in names:
+        record_of(model, name).blocks[block] = kind
+        _switch(model, name)
 
 
-def switch_on(model: nn.Module, name: str, block: object) -> None:
+def switch_on(model: nn.Module, names: Sequence[str], block: object) -> None:
     """May be repeated, and without `switch_off` before."""
-    if name in records_of(model).adapters:
+    for name in [name for name in names if name in records_of(model).adapters]:
         record_of(model, name).blocks.pop(block, None)
         _switch(model, name)
 
@@ -173,8 +176,24 @@ def _release(model: nn.Module) -> None:
             parameters[name].requires_grad = True
     for handle in records.handles:
         handle.remove()
-    let_pack(model, list(records.unpacked))
+    _let_pack(model, records.unpacked, True)
     vars(model).pop(RECORDS)
+
+
+def _unpacking(model: nn.Module) -> Any:
+    """What keeps 4-bit layers as they are while adapters are on the model; nothing to do where there can be none."""
+    if "bitsandbytes" not in sys.modules:
+        return SimpleNamespace(names=(), apply=lambda: None, undo=lambda: None)
+    from ..layers.four_bit_packing import Unpacking
+
+    return Unpacking(model)
+
+
+def _let_pack(model: nn.Module, names: Sequence[str], flag: bool) -> None:
+    if names:
+        from ..layers.four_bit_packing import let_pack
+
+        let_pack(model, names, flag)
 
 
 class Making:
@@ -221,20 +240,3 @@ class Making:
             raise TargetError(f"{label} dropped every target; nothing is left to train")
         for target, made in self.placed.items():
             check_in_place(f"{label}, on {target.name},", target.params, made)
-
-
-@contextmanager
-def leaving_no_hook(model: nn.Module, who: str) -> Generator[None]:
-    """Forward hooks that the block adds and leaves are removed, and raise BrokenPlugin unless it fails itself."""
-    hooks = {m: (set(m._forward_pre_hooks), set(m._forward_hooks)) for m in model.modules()}
-    left: list[str] = []
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            for held, before in zip((module._forward_pre_hooks, module._forward_hooks), hooks[module], strict=True):
-                for key in set(held) - before:
-                    del held[key]
-                    left.append(name)
-    if left:
-        raise BrokenPlugin(f"{who} left a forward hook on {left[0]}; remove what it registers, as with an ExitStack")

@@ -11,7 +11,7 @@ import copy
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -77,19 +77,12 @@ class Unpacking:
             setattr(change.layer, FLAG, change.flag)
 
 
-def keep_unpacked(model: nn.Module) -> list[str]:
-    """Apply an `Unpacking` of the model; the names of the layers that `let_pack` may turn on again."""
-    plan = Unpacking(model)
-    plan.apply()
-    return plan.names
-
-
-def let_pack(model: nn.Module, names: list[str]) -> None:
+def let_pack(model: nn.Module, names: Iterable[str], flag: bool = True) -> None:
     """Turn the flag on again, on those of them that are still there and not prepared for good."""
     layers = dict(_four_bit_layers(model))
     for layer in (layers[name] for name in names if name in layers):
         if hasattr(layer, FLAG) and not getattr(layer, PREPARED, False):
-            setattr(layer, FLAG, True)
+            setattr(layer, FLAG, flag)
 
 
 def unpack(layer: nn.Module) -> None:

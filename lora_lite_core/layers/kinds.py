@@ -81,6 +81,11 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(getattr(layer, "weight", None)) is nn.Parameter
 
 
+def is_usual(layer: nn.Module) -> bool:
+    """Of a class that is known to be affine, to return a tensor, and to pass gradients."""
+    return is_plain(layer) or is_conv1d(layer) or storage_of(layer).startswith("bnb")
+
+
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     sizes = layer_sizes(layer)
     assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"

@@ -77,7 +77,8 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
             for one in names:
                 for target in targets_of(model, one).values():
                     target.folded = True
-                switch_off(model, one, block, "merged")
+            switch_off(model, names, block, "merged")
+            for one in names:
                 put_trained(model, record_of(model, one))  # what was trained whole stays
             for fold in folds:
                 _put(fold)
@@ -104,7 +105,7 @@ def _leave(
         for target in present_targets(model, one).values():
             if target is not None:
                 target.folded = False
-        switch_on(model, one, block)
+    switch_on(model, names, block)
 
 
 def _refuse_loading(*_: Any) -> None:

@@ -1,26 +1,18 @@
-"""Which layers a model really calls: a dry run that finds targets whose adapter would never act."""
+"""Coverage: which layers a model really calls, and which share of its weights adapters can act on."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
-from ..contract.errors import TargetError, listed
+from ..attached.records import records_of
+from ..attached.targeting import linear_layers
+from ..contract.errors import listed
 from ..contract.text import count
+from ..layers.dry_run import called_layers
 from ..layers.kinds import layer_sizes
-from ..layers.twin import Twins
-from .records import records_of
-from .targeting import linear_layers
-
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
     adapters = records_of(model).adapters.values()
     targets = dict.fromkeys(name for record in adapters for name in record.layers)
     linear = linear_layers(model)
-    called = _called(model, linear, (args, inputs))
+    called = called_layers(model, linear, args, inputs)
     sizes = {name: _size(layer) for name, layer in linear.items()}
     held = {id(p) for name in linear for p in linear[name].parameters()}
     beyond = {name: sizes[name] for name in linear if name not in called}
@@ -81,65 +73,6 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
         reached + sum(beyond.values()),
         dict(sorted(beyond.items(), key=lambda item: -item[1])),
     )
-
-
-def check_reached(model: nn.Module, layers: dict[str, nn.Module], batch: Any) -> None:
-    """Raise TargetError when a run on this batch (as `run_batch` takes it) does not call one of the layers."""
-    if isinstance(batch, Mapping):
-        called = _called(model, layers, ((), dict(batch)))
-    else:
-        called = _called(model, layers, (batch if isinstance(batch, (tuple, list)) else (batch,), {}))
-    if silent := [name for name in layers if name not in called]:
-        raise TargetError(
-            f"check_inputs: {count(len(silent), 'target')} of {len(layers)} never called, adapters there would do "
-            f"nothing: {listed(silent)}\n  leave them out with exclude_names, or check with inputs that reach them"
-        )
-
-
-def _called(model: nn.Module, layers: dict[str, nn.Module], batch: tuple[Iterable[Any], dict[str, Any]]) -> set[str]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        return _run(model, layers, batch, FakeTensorMode(allow_non_fake_inputs=True))
-    except Exception:
-        return _run(model, layers, batch, None)
-
-
-def _run(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    batch: tuple[Iterable[Any], dict[str, Any]],
-    faking: FakeTensorMode | None,
-) -> set[str]:
-    """The names of the layers that a twin of the model calls, for real or (faking) without computing."""
-    seen: set[str] = set()
-    twins = Twins()
-    twin = twins.of(model)
-    for name, layer in layers.items():
-        twins.of(layer).register_forward_hook(lambda *_, name=name: seen.add(name))
-    args, inputs = twins.of((tuple(batch[0]), batch[1]))
-    with ExitStack() as stack:
-        stack.enter_context(_random_numbers_kept(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(twins.kept_apart())
-        if faking is not None:
-            stack.enter_context(faking)
-            args, inputs = tree_map_only(torch.Tensor, faking.from_tensor, (args, inputs))
-        twin(*args, **inputs)
-    return seen
-
-
-@contextmanager
-def _random_numbers_kept(model: nn.Module) -> Generator[None]:
-    """What is drawn inside is drawn again after it: the global generators of torch (on the model's devices) and of
-    Python come back as they were."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        random.setstate(state)
 
 
 def _size(layer: nn.Module) -> int:
