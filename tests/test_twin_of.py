@@ -228,8 +228,11 @@ def test_buffers_are_copied_but_for_packed_weights() -> None:
             self.in_features = self.out_features = 4
             self.register_buffer("codes", torch.zeros(4, dtype=torch.int32))
 
-    model = nn.Sequential(nn.BatchNorm1d(4), Packed())
+    model = nn.Sequential(nn.BatchNorm1d(4), Packed(), nn.Linear(4, 4))
+    model[2].register_buffer("calls", torch.zeros(()))
     twin = twin_of(model)
+    twin[2].calls += 1
+    assert float(model[2].calls) == 0
     assert twin[0].running_mean.data_ptr() != model[0].running_mean.data_ptr()
     assert twin[1].codes.data_ptr() == model[1].codes.data_ptr()
     assert twin[1].codes is not model[1].codes

@@ -42,17 +42,19 @@ _SAME = frozenset((
 
 
 def twin_of(module: Value) -> Value:
-    """A twin of a module, in eval mode: `Twins().of(module)`, for those who need one copy only."""
+    """A twin of a module, in eval mode: `Twins().of(module)`, for those who need one copy only. Its parameters may be
+    replaced, and are not to be written in place."""
     return Twins().of(module)
 
 
 class Twins:
     """Copies that belong together, each made when it is first asked for.
 
-    Shared with the originals: the memory of parameters, of tensors in attributes, and of a linear layer's buffers
-    (packed weights), all of which `kept_apart` protects from being written; and objects of compiled classes or with
-    slots (locks, tokenizers, process groups). The copy's own: modules, parameter objects, other buffers, containers,
-    objects of Python classes in attributes, and functions put on a module, with closures in which modules are copies.
+    Shared with the originals: the memory of parameters, of tensors in attributes, and of the buffers of a linear layer
+    without a parameter `weight` (its packed weight), all of which `kept_apart` protects from being written; objects of
+    compiled classes or with slots (locks, tokenizers, process groups). The copy's own: modules, parameter objects,
+    other buffers, containers, objects of Python classes in attributes, and functions put on a module, with closures in
+    which modules are copies.
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,8 @@ class Twins:
         return made
 
     def _own_buffers(self, module: nn.Module) -> None:
-        for tensor in list(module._buffers.values()) if layer_sizes(module) is None else ():
+        packed = layer_sizes(module) is not None and module._parameters.get("weight") is None
+        for tensor in () if packed else list(module._buffers.values()):
             if tensor is not None and id(tensor) not in self._made:
                 self._alive.append(tensor)
                 self._made[id(tensor)] = tensor.detach().clone()
