@@ -259,6 +259,16 @@ def test_a_layer_is_read_in_eval_mode() -> None:
     assert layer.training
 
 
+def test_a_merge_tries_the_new_weight_on_a_twin_in_eval_mode() -> None:
+    model = nn.Sequential(Restless(64, 7))
+    ll.attach(model, ll.LoRAConfig(r=2))
+    before = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    ll.merge(model)
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[0].bias, before[1])
+    assert (float(model[0].calls), model[0].inputs) == (0, [])
+
+
 def test_the_adapter_is_probed_in_eval_mode_for_a_merge() -> None:
     assert not dense_twin(nn.Linear(3, 3), torch.device("cpu")).training
 

@@ -284,6 +284,15 @@ def test_a_failed_attach_gives_a_rearranged_layer_back() -> None:
     model = quantised(True)
     rearrange(model[0])
     before = snapshot(model)
+    with pytest.raises(ll.TargetError):
+        ll.attach(model, ll.PiSSAConfig(r=65))
+    assert snapshot(model) == before
+
+
+def test_unpacking_can_be_undone_and_both_repeated() -> None:
+    model = quantised(True)
+    rearrange(model[0])
+    before = snapshot(model)
     plan = Unpacking(model)
     assert snapshot(model) == before
     plan.apply()

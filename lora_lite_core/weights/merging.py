@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ..attached.records import AllOrNothing, names_of, present_targets, record_o
 from ..attached.whole_modules import current, place, put_trained, tensor_at
 from ..contract.errors import MergeError, ModelStateError
 from ..layers.kinds import is_conv1d, storage_of
+from ..layers.twin import twin_of
 from ..layers.weight import base_forward
 from .affine_map import AffineMap, adapted_map, adapters_alone, listed_variants
 
@@ -200,8 +200,7 @@ def _put_back(layer: nn.Module, kept: dict[str, nn.Parameter | None]) -> None:
 @torch.no_grad()
 def _verify(fold: Fold) -> None:
     """Run the layer on the new weight: a class whose forward does more than multiply would show here."""
-    twin = copy.copy(fold.layer)
-    twin._parameters = dict(fold.layer._parameters)
+    twin = twin_of(fold.layer)
     _put(replace(fold, layer=twin))
     weight = fold.weight.T if is_conv1d(fold.layer) else fold.weight
     x = torch.eye(8, weight.shape[1], dtype=weight.dtype, device=weight.device)
