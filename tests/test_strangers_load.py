@@ -86,7 +86,9 @@ def test_paths_that_are_saved(tmp_path: Path) -> None:
     before = sorted(os.listdir(tmp_path))
     model = net()
     ll.attach(model, ll.LoRAConfig())
-    inside = {case: path for case, path in places.items() if case not in ("dangling", "sparse", "missing", "escapes")}
+    inside = {
+        case: path for case, path in places.items() if case not in ("dangling", "sparse", "missing", "escapes", "bytes")
+    }
     for case, path in inside.items():
         with at_once(), pytest.raises(ll.LoraLiteError) as caught:
             ll.save(model, path)
@@ -121,7 +123,7 @@ def test_a_file_that_is_replaced_while_it_is_loaded(tmp_path: Path) -> None:
     try:
         for _ in range(100):
             adapter = ll.load(model, path)
-            assert {float(parameter.mean()) for parameter in adapter.parameters()} == {adapter.cfg.alpha}
+            assert {float(parameter.detach().mean()) for parameter in adapter.parameters()} == {adapter.cfg.alpha}
             adapter.detach()
     finally:
         done.set()
