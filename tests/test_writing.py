@@ -140,13 +140,20 @@ def test_what_a_killed_process_left_is_removed_at_the_next_save(tmp_path: Path) 
     for process in [waiting(tmp_path / name) for name in ("a", "a", "b")]:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    (tmp_path / ".a.other.tmp").touch()
-    (tmp_path / (writing._prefix(tmp_path / "a") + "folder")).mkdir()
-    assert len(os.listdir(tmp_path)) == 5
+    kept = {".a.other.tmp", ".a.b.01234567.tmp", ".a.01234567.tmp.txt", "a.01234567.tmp", ".ab.01234567.tmp"}
+    for name in (*kept, ".a.zz_9x0q1.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".a.01234567.tmp").mkdir()
+    assert len(os.listdir(tmp_path)) == 3 + len(kept) + 2
     write_whole(tmp_path / "a", [b"new"])
-    left = os.listdir(tmp_path)
-    assert len(left) == 4, "a, b's own leftover, another program's file and a folder stay"
-    assert any(name.startswith(writing._prefix(tmp_path / "b")) for name in left)
+    (of_b,) = set(os.listdir(tmp_path)) - {"a", ".a.01234567.tmp", *kept}
+    assert of_b.startswith(".b.")
+    long = tmp_path / ("n" * 255)
+    process = waiting(long)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    write_whole(long, [b"new"])
+    assert len(os.listdir(tmp_path)) == 1 + 1 + len(kept) + 2
 
 
 @POSIX

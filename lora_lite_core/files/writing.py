@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -125,7 +126,7 @@ def _replace(target: Path, parts: Iterable[Part]) -> None:
 def _temporary(target: Path) -> tuple[Path, int]:
     """A new file beside the target, with ordinary permissions and locked for as long as it is open."""
     for _ in range(100):
-        path = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.tmp")
+        path = target.with_name(f"{_stem(target)}{secrets.token_hex(4)}.tmp")
         try:
             descriptor = os.open(path, _NEW, 0o666)
         except FileExistsError:
@@ -136,9 +137,10 @@ def _temporary(target: Path) -> tuple[Path, int]:
     raise OSError(errno.EEXIST, "no temporary file can be kept beside it")
 
 
-def _prefix(target: Path) -> str:
-    """Of the target's temporary files: short however long its name is, and no other target's."""
-    return f".lora-lite-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+def _stem(target: Path) -> str:
+    """What the names of the target's temporary files begin with, and those of no other target's."""
+    name = os.fsencode(target.name)
+    return f".{target.name}." if len(name) <= 200 else f".{hashlib.sha256(name).hexdigest()}."
 
 
 def _lock(descriptor: int) -> bool:
@@ -154,11 +156,13 @@ def _lock(descriptor: int) -> bool:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Temporary files of this target that nobody has locked: a killed process loses its locks."""
+    """Temporary files of this target (by the names that earlier versions gave them, too) that nobody has locked: a
+    killed process loses its locks."""
     if fcntl is None:
         return
     try:
-        paths = [path for path in target.parent.iterdir() if path.name.startswith(_prefix(target))]
+        temporary = re.compile(re.escape(_stem(target)) + r"[a-z0-9_]{8}\.tmp")
+        paths = [path for path in target.parent.iterdir() if temporary.fullmatch(path.name)]
     except OSError:  # a folder that may be written and not be read
         return
     for path in paths:
