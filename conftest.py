@@ -5,7 +5,9 @@ import os
 # The matrices of the tests are small: more threads are no faster, and on a busy machine twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,3 +65,16 @@ def toy() -> SimpleNamespace:
     return SimpleNamespace(
         Config=Config, param_specs=param_specs, forward=forward, __name__="toy", __doc__="Toy: y + h."
     )
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of sys.path to install packages in; what is imported of them is forgotten after the test."""
+    from lora_lite_core.contract.checked import forget
+    from lora_lite_core.discovery import registry
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_loaded", {})
+    yield tmp_path
+    for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(vars(module).get("__file__"))]:
+        forget(sys.modules.pop(name))

@@ -157,3 +157,13 @@ IMPORTS: dict[str, Case] = {
     "a tolerance of nan": Case(source=GOOD + "IDENTITY_ATOL = float('nan')\n", state="ok", error="IDENTITY_ATOL is nan; give a number from 0"),
     "depth": Case(source=GOOD + "def f(): return f()\nf()\n", state="ok", error="cannot be imported: RecursionError"),
 }  # fmt: skip
+
+
+def package(folder: Path, name: str, variant: str, source: str | None = None) -> None:
+    """A sound package of one variant."""
+    stem = name.replace("-", "_").lower()
+    (folder / f"{stem}.py").write_text(source or GOOD.replace("evil", variant), encoding="utf-8")
+    (folder / f"{stem}-1.5.dist-info").mkdir()
+    (folder / f"{stem}-1.5.dist-info/METADATA").write_text(f"Name: {name}\nVersion: 1.5\n", encoding="utf-8")
+    points = f"[lora_lite.variants]\n{variant} = {stem}\n"
+    (folder / f"{stem}-1.5.dist-info/entry_points.txt").write_text(points, encoding="utf-8")

@@ -94,11 +94,7 @@ def test_commands_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> Any:
             return hello
 
-    entries = {
-        "hello": Fine("hello", "x:y"),
-        "sick": Entry("sick", "surely_not_there:command"),
-        "odd": Entry("odd", "json:dumps"),
-    }
+    entries = [Fine("hello", "x:y"), Entry("sick", "surely_not_there:command"), Entry("odd", "json:dumps")]
     monkeypatch.setattr(cli, "_installed", lambda: entries)
     assert call("hello") == (0, "hello\n")
     assert "Greets." in call("--help")[1]

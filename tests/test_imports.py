@@ -48,6 +48,15 @@ def test_inspecting_a_file_imports_no_torch(tmp_path) -> None:
     assert not loaded_by(code) & {"torch", "numpy", *PLUGINS}
 
 
+def test_attaching_does_not_pay_for_the_listing() -> None:
+    code = """
+import sys, torch, lora_lite as ll
+ll.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+assert not {f"lora_lite_core.{name}" for name in ("discovery.listing", "discovery.source", "cli")} & set(sys.modules)
+"""
+    python(code)
+
+
 def test_the_core_never_imports_heavy_packages() -> None:
     code = """
 import torch, lora_lite as ll

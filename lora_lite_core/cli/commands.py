@@ -12,27 +12,31 @@ import click
 
 from ..contract.errors import LoraLiteError, UnknownVariant, did_you_mean, listed
 from ..contract.text import paragraphs, plain, told
+from ..discovery.claims import COMMANDS, state_of
 from ..discovery.listing import describe, list_variants
 from ..discovery.packages import Entry, entries
 from ..files.format import inspect as inspect_file
 
-COMMANDS = "lora_lite.commands"
+GROUP = "lora_lite.commands"
 
 
 class Commands(click.Group):
     """The core's commands and those of the entry-point group `lora_lite.commands`, imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_installed()})
+        return sorted({*super().list_commands(ctx), *map(_shown, _installed())})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        installed = _installed()
+        found = [(entry, *state_of(entry, installed, COMMANDS)) for entry in installed if _shown(entry) == cmd_name]
         own = super().get_command(ctx, cmd_name)
-        entry = _installed().get(cmd_name)
-        if own is not None or entry is None:
+        if own is not None or not found:
             return own
+        entry, state, detail = next((one for one in found if one[1] == "ok"), found[0])
         about = f"command '{cmd_name}' of {plain(entry.package.name or entry.value)}"
-        if entry.problem:
-            return _broken(cmd_name, f"{about} cannot be used: {entry.problem}")
+        if state != "ok":
+            text = {"blocked": f"{about} is blocked by {detail}", "broken": f"{about} cannot be used: {detail}"}
+            return _broken(cmd_name, text.get(state, detail), state)
         try:
             command = entry.load()
         except KeyboardInterrupt:
@@ -48,7 +52,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known:
-            hint = "\n  type: pip install lora-lite-bench" if args[0] in ("bench", "speed") else ""
+            hint = f"\n  type: pip install {COMMANDS[args[0]]}" if args[0] in COMMANDS else ""
             raise click.UsageError(
                 f"no command is called {plain(repr(args[0]))}{did_you_mean(args[0], known)}\n"
                 f"  commands: {listed(known, 40)}{hint}"
@@ -62,17 +66,21 @@ class Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-def _installed() -> dict[str, Entry]:
-    """The commands of other packages by name; a name that is none is shown as text, and the first of two is taken."""
-    found = entries(COMMANDS, objects=True)
-    return {plain(entry.name, 60) or "(unknown)": entry for entry in reversed(found)}
+def _installed() -> list[Entry]:
+    """The commands of other packages."""
+    return entries(GROUP, objects=True)
 
 
-def _broken(name: str, reason: str) -> click.Command:
+def _shown(entry: Entry) -> str:
+    """Its name, or what of it can be shown."""
+    return plain(entry.name, 60) or "(unknown)"
+
+
+def _broken(name: str, reason: str, state: str = "broken: cannot be imported") -> click.Command:
     def fail() -> None:
         raise click.ClickException(paragraphs(reason))
 
-    return click.Command(name, callback=fail, short_help="(broken: cannot be imported)")
+    return click.Command(name, callback=fail, short_help=f"({state})")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

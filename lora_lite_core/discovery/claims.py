@@ -1,9 +1,9 @@
-"""Who may provide a variant: environment switches, first-party names, and names that several packages claim."""
+"""Who may provide a variant or a command: environment switches, names that have a home, names that several claim."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..contract.text import normal
 from .packages import Entry
@@ -25,57 +25,68 @@ FIRST_PARTY = {
     "oft": "lora-lite-ortho",
     "road": "lora-lite-ortho",
 }
+COMMANDS = {"bench": "lora-lite-bench", "speed": "lora-lite-bench"}
 
 
-def state_of(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
-    """ "ok", "blocked", "broken" or "claimed twice", and why. What is blocked or broken claims no name."""
-    if switch := switched_off(entry.name, entry.package.name):
+def state_of(entry: Entry, entries: Sequence[Entry], homes: Mapping[str, str] = FIRST_PARTY) -> tuple[str, str]:
+    """ "ok", "blocked", "broken" or "claimed twice", and why. What is blocked or broken claims no name.
+
+    entries  all of the group
+    homes    which of this project's packages a name belongs to: FIRST_PARTY for variants, COMMANDS for commands
+    """
+    if switch := switched_off(entry, homes):
         return "blocked", switch
     if entry.problem:
         return "broken", entry.problem
-    rivals = [
-        one
-        for one in entries
-        if one.name == entry.name and not one.problem and not switched_off(one.name, one.package.name)
-    ]
-    meant = _meant(entry.name, rivals)
+    rivals = [one for one in entries if one.name == entry.name and not one.problem and not switched_off(one, homes)]
+    meant = _meant(entry.name, rivals, homes)
     if entry not in meant:
         return "blocked", f"{ALLOW}={os.environ[ALLOW]}, which means the one of {meant[0].package.name}"
-    return ("claimed twice", _claimed_twice(entry.name, meant)) if len(meant) > 1 else ("ok", "")
+    return ("claimed twice", _claimed_twice(entry.name, meant, homes)) if len(meant) > 1 else ("ok", "")
 
 
-def _meant(name: str, rivals: list[Entry]) -> list[Entry]:
-    """Where the allow list names a variant that several provide: this project's own, else that of a package that it
-    names, too. So nobody is locked out by a package that claims a name."""
-    allowed = _named(ALLOW)
-    if allowed is None or normal(name) not in allowed:
-        return rivals
-    own = [entry for entry in rivals if normal(entry.package.name) == FIRST_PARTY.get(name)]
-    return own or [entry for entry in rivals if normal(entry.package.name) in allowed] or rivals
+def switched_off(entry: Entry, homes: Mapping[str, str] = FIRST_PARTY) -> str:
+    """The environment switch that keeps it out, or "".
 
-
-def switched_off(name: str, package: str) -> str:
-    """The environment switch that keeps this variant out, or ""."""
-    names = {normal(name), normal(package)}
-    for switch, keeps_out in ((BLOCK, True), (ALLOW, False)):
-        given = _named(switch)
-        if given is not None and bool(names & given) is keeps_out:
-            return f"{switch}={os.environ[switch]}"
+    To block, names that pip takes for the same are the same. To allow, a variant's name counts as it is written, and
+    one that has a home is no package's name. This project's own commands need not be allowed.
+    """
+    package = normal(entry.package.name)
+    if (blocked := _given(BLOCK)) is not None and {normal(entry.name), package} & set(map(normal, blocked)):
+        return f"{BLOCK}={os.environ[BLOCK]}"
+    if (allowed := _given(ALLOW)) is not None:
+        at_home = homes is COMMANDS and homes.get(entry.name) == package
+        if not (at_home or entry.name in allowed or package in _packages(allowed)):
+            return f"{ALLOW}={os.environ[ALLOW]}"
     return ""
 
 
-def _named(switch: str) -> set[str] | None:
-    """The names in an environment switch as packages are compared (Lora_Lite.SVD is lora-lite-svd); None if not set."""
+def _meant(name: str, rivals: list[Entry], homes: Mapping[str, str]) -> list[Entry]:
+    """Where the allow list names what several provide: this project's own, else that of a package that it names, too.
+    So nobody is locked out by a package that claims a name."""
+    allowed = _given(ALLOW)
+    if allowed is None or name not in allowed:
+        return rivals
+    own = [entry for entry in rivals if normal(entry.package.name) == homes.get(name)]
+    return own or [entry for entry in rivals if normal(entry.package.name) in _packages(allowed)] or rivals
+
+
+def _given(switch: str) -> list[str] | None:
+    """The names in an environment switch; None where it is not set."""
     value = os.environ.get(switch)
-    return None if value is None else {normal(part) for part in value.split(",") if part.strip()}
+    return None if value is None else [part for part in map(str.strip, value.split(",")) if part]
 
 
-def _claimed_twice(name: str, rivals: Sequence[Entry]) -> str:
+def _packages(allowed: Sequence[str]) -> set[str]:
+    return {normal(name) for name in allowed if name not in FIRST_PARTY}
+
+
+def _claimed_twice(name: str, rivals: Sequence[Entry], homes: Mapping[str, str]) -> str:
     owners = " and by ".join(f"{entry.package.name} {entry.package.version}" for entry in rivals)
-    kept = next((e for e in rivals if normal(e.package.name) == FIRST_PARTY.get(name)), rivals[0]).package.name
+    kept = next((e for e in rivals if normal(e.package.name) == homes.get(name)), rivals[0]).package.name
     others = [entry.package.name for entry in rivals if entry.package.name != kept]
-    blocked = ",".join([*filter(None, [os.environ.get(BLOCK, "")]), *others])
+    blocked = ",".join([*(_given(BLOCK) or ()), *others])
     return (
-        f"variant '{name}' is claimed by {owners}; uninstall one of them, or set {BLOCK}={blocked} "
-        f"(or {ALLOW}={kept}, which allows that package alone)"
+        f"{'variant' if homes is FIRST_PARTY else 'command'} '{name}' is claimed by {owners}; uninstall one of them, "
+        f"or set {BLOCK}={blocked} (or {ALLOW}={kept}, which allows that package alone)"
     )

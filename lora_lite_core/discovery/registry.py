@@ -21,7 +21,7 @@ from ..contract.errors import (
 from ..contract.text import is_package_name, is_version, plain, told
 from . import packages
 from .claims import FIRST_PARTY, state_of, switched_off
-from .packages import Entry
+from .packages import Entry, Package
 
 if TYPE_CHECKING:
     from ..contract.config import AdapterConfig
@@ -43,7 +43,7 @@ def get_variant(name: str) -> Variant:
         raise UnknownVariant(f"a variant's name is a string, not {name!r}")
     if name in _registered:
         return _registered[name]
-    if (known := _loaded.get(name)) is not None and not switched_off(name, known.distribution):
+    if (known := _loaded.get(name)) is not None and not switched_off(Entry(name, "", Package(known.distribution))):
         return known
     claims = [entry for entry in variant_entries() if entry.name == name]
     if not claims:
