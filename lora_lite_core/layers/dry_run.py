@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from ..contract.errors import TargetError, listed
 from ..contract.text import count
 from .twin import Twins
+from .weight import within
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,12 +60,8 @@ def _run(
     for name, layer in layers.items():
         twins.of(layer).register_forward_hook(lambda *_, name=name: seen.add(name))
     args, inputs = twins.of(batch)
-    with ExitStack() as stack:
-        stack.enter_context(_random_numbers_kept(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(twins.kept_apart())
+    with within(_random_numbers_kept(model), torch.no_grad(), twins.kept_apart(), *([faking] if faking else [])):
         if faking is not None:
-            stack.enter_context(faking)
             args, inputs = tree_map_only(torch.Tensor, faking.from_tensor, (args, inputs))
         twin(*args, **inputs)
     return seen

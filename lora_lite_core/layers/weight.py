@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -73,10 +73,25 @@ def probe(layer: nn.Module, *, bias: bool) -> Generator[tuple[nn.Module, Tensor]
     if own is not None and not bias:
         twin._parameters["bias"] = nn.Parameter(torch.zeros_like(own), requires_grad=False)
     device = layer_device(layer)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), twins.kept_apart():
+    with within(torch.no_grad(), torch.autocast(device.type, enabled=False), twins.kept_apart()):
         yield twin, torch.zeros(1, sizes_of(layer)[0], dtype=probe_dtype(layer), device=device)
 
 
 def probe_dtype(layer: nn.Module) -> torch.dtype:
     """Float32 for bitsandbytes layers, which take any and are rough in others; else what the layer is in."""
     return torch.float32 if storage_of(layer).startswith("bnb") else layer_dtype(layer)
+
+
+@contextmanager
+def within(*contexts: AbstractContextManager[object]) -> Generator[None]:
+    """These contexts, left even when an interrupt comes while they are being left."""
+    stack = ExitStack()
+    try:
+        try:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+        finally:
+            stack.close()
+    finally:
+        stack.close()

@@ -43,20 +43,26 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
     device = layer_device(layer)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
     params = [_params(name, target, layer, device) for target in targets]
-    with torch.autocast(layer_device(layer).type, enabled=False), torch.autocast(device.type, enabled=False):
-        twin = dense_twin(layer, device)
-        d_in, d_out = twin.in_features, twin.out_features
-        shift = _run(twin, targets, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
-        weight = torch.empty(d_out, d_in, dtype=torch.float64, device=device)
-        reads_input = any(target.variant.forward_input is not None for target in targets)
-        for start in range(0, d_in, PROBE_ROWS):
-            rows = torch.zeros(min(PROBE_ROWS, d_in - start), d_in, dtype=torch.float64, device=device)
-            rows[:, start:].fill_diagonal_(1)
-            # Of a row of the identity the frozen layer makes a column of its weight: no need to multiply.
-            known = None if reads_input else twin.weight[:, start : start + len(rows)].T + twin.bias
-            weight[:, start : start + len(rows)] = (_run(twin, targets, params, rows, known) - shift).T
-        found = AffineMap(weight, shift, twin.weight.detach(), twin.bias.detach())
-        _check_affine(name, twin, targets, params, found)
+    # As a decorator, so that no interrupt comes between the end of a with-block and its leaving.
+    return torch.autocast(device.type, enabled=False)(_probed)(name, layer, targets, params, device)
+
+
+def _probed(
+    name: str, layer: nn.Module, targets: Sequence[Target], params: list[dict[str, Tensor]], device: torch.device
+) -> AffineMap:
+    twin = dense_twin(layer, device)
+    d_in, d_out = twin.in_features, twin.out_features
+    shift = _run(twin, targets, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
+    weight = torch.empty(d_out, d_in, dtype=torch.float64, device=device)
+    reads_input = any(target.variant.forward_input is not None for target in targets)
+    for start in range(0, d_in, PROBE_ROWS):
+        rows = torch.zeros(min(PROBE_ROWS, d_in - start), d_in, dtype=torch.float64, device=device)
+        rows[:, start:].fill_diagonal_(1)
+        # Of a row of the identity the frozen layer makes a column of its weight: no need to multiply.
+        known = None if reads_input else twin.weight[:, start : start + len(rows)].T + twin.bias
+        weight[:, start : start + len(rows)] = (_run(twin, targets, params, rows, known) - shift).T
+    found = AffineMap(weight, shift, twin.weight.detach(), twin.bias.detach())
+    _check_affine(name, twin, targets, params, found)
     return found
 
 

@@ -71,9 +71,10 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
     names = names_of(model, name)
     folds = _folds(model, names, to_dense=False)
     kept = [dict(fold.layer._parameters) for fold in folds]
-    block, loading = object(), model.register_load_state_dict_pre_hook(_refuse_loading)
+    block, handles = object(), list[Any]()
     try:
         try:
+            handles.append(model.register_load_state_dict_pre_hook(_refuse_loading))
             for one in names:
                 for target in targets_of(model, one).values():
                     target.folded = True
@@ -84,11 +85,9 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
                 _put(fold)
             yield
         finally:  # twice, so that an interrupt in the first is made good by the second
-            _leave(model, names, block, folds, kept)
-            loading.remove()
+            _leave(model, names, block, folds, kept, handles)
     finally:
-        _leave(model, names, block, folds, kept)
-        loading.remove()
+        _leave(model, names, block, folds, kept, handles)
 
 
 def _leave(
@@ -97,8 +96,11 @@ def _leave(
     block: object,
     folds: Sequence[Fold],
     kept: Sequence[dict[str, nn.Parameter | None]],
+    handles: Sequence[Any],
 ) -> None:
     """Out of `merged`: the layers' own parameters are back, and the adapters run. May be repeated."""
+    for handle in handles:
+        handle.remove()
     for fold, parameters in zip(folds, kept, strict=True):
         _put_back(fold.layer, parameters)
     for one in names:
