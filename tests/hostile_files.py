@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Generator
@@ -206,7 +207,17 @@ def safe(text: str, most: int = 20_000) -> bool:
 
 @contextmanager
 def at_once(seconds: float = 2.0) -> Generator[None, None, None]:
-    """The processor's time, so that a busy machine does not count; a wait for ever is caught by the suite's limit."""
+    """The processor's time, so that a busy machine does not count; what waits for ever is woken after a minute."""
+
+    def wake(*_: object) -> None:
+        raise TimeoutError("still waiting after a minute")
+
+    before = signal.signal(signal.SIGALRM, wake)
+    signal.alarm(60)
     start = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     assert time.process_time() - start < seconds
