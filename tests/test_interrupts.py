@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 from .interrupting import Case, Operation, check
-from .small import X, base, conv1d, observed, quantised, tiny, trained
+from .small import X, base, conv1d, observed, quantised, trained
 
 TARGETS = ("first", "second")
 LORA = ll.LoRAConfig(r=2, target_names=TARGETS)
@@ -126,7 +126,7 @@ CASES: dict[str, Case] = {
     "attach, dora": attaching(base, DORA),
     "attach, hra": attaching(observed, ll.HRAConfig(r=2, target_names=TARGETS)),
     "attach, train_modules": attaching(base, WHOLE),
-    "attach, check_inputs": attaching(tiny, ll.LoRAConfig(r=2), check_inputs=X),
+    "attach, check_inputs": attaching(base, LORA, check_inputs=X),
     "attach, beside another": attaching(lambda: trained(base(), ("other", OTHER)), LORA),
     "attach, conv1d": attaching(conv1d, LORA),
     "attach, 4 bit": attaching(quantised, LORA),

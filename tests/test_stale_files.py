@@ -17,6 +17,7 @@ import lora_lite as ll
 from .threads import Thread
 
 TARGET = "adapter.safetensors"
+POSIX = pytest.mark.skipif(os.name == "nt", reason="no locks there that a killed process loses, and no SIGKILL")
 KILLED = """
 import os, signal, sys, torch
 import lora_lite as ll
@@ -42,36 +43,46 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def left_behind(path: Path, times: int = 1) -> dict[Path, bytes]:
+    """The temporary files of saves, as processes leave them that are killed before they rename."""
+    found: dict[Path, bytes] = {}
+    replace = os.replace
+
+    def watching(source: str | Path, target: str | Path) -> None:
+        found[Path(source)] = Path(source).read_bytes()
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", watching)
+        for seed in range(times):
+            ll.save(adapted(seed), path)
+    assert len(found) == times
+    for one, data in found.items():
+        one.write_bytes(data[: len(data) // 2])
+    return found
+
+
+@POSIX
 @pytest.mark.parametrize("target", [TARGET, "a.safetensors", "[ab].safetensors", "ünter.v2.safetensors"])
 def test_temporary_files_of_the_same_target_go(target: str, tmp_path: Path) -> None:
-    path = tmp_path / target
-    ours = [tmp_path / f".{target}.{middle}.tmp" for middle in ("abcd1234", "zz_9x0q1", "00000000")]
-    kept = {
-        ".other.safetensors.abcd1234.tmp",  # of another target
-        f".{target}.safetensors.abcd1234.tmp",  # of a target whose name begins in the same way
-        f".b{target}.abcd1234.tmp",
-        f".{target}.tmp",
-        f".{target}.abcd1234.tmp.txt",
-        f".{target}.abcd1234",
-        f".{target}.my notes.tmp",
-        f"{target}.abcd1234.tmp",
-        f"{target}.bak",
-        "notes.tmp",
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    others = [tmp_path / "other.safetensors", tmp_path / f"{target}.safetensors", tmp_path / f"b{target}"]
+    kept = {name for other in (*others, elsewhere / target) for name in left_behind(other)}
+    foreign = {
+        tmp_path / name for name in (f".{target}.notes", f"{target}.bak", "notes.tmp", ".tmp", f".{target}.mine.tmp")
     }
-    for one in (*ours, *(tmp_path / name for name in kept)):
-        one.write_bytes(b"half of a file")
-    (tmp_path / "folder.tmp").mkdir()
-    other = tmp_path / "elsewhere"
-    other.mkdir()
-    (other / ours[0].name).write_bytes(b"of another folder")
-    ll.save(adapted(), path)
-    assert names(tmp_path) == sorted({target, "folder.tmp", "elsewhere", *kept})
-    assert all((tmp_path / name).read_bytes() == b"half of a file" for name in kept)
-    assert names(other) == [ours[0].name]
-    ll.load(nn.Sequential(nn.Linear(8, 8)), path, on_base_mismatch="ignore")
+    for path in foreign:
+        path.write_bytes(b"not ours")
+    ours = left_behind(tmp_path / target, times=3)
+    before = {path: path.read_bytes() for path in kept | foreign}
+    ll.save(adapted(4), tmp_path / target)
+    assert not any(path.exists() for path in ours)
+    assert {path: path.read_bytes() for path in kept | foreign} == before
+    assert ll.inspect(tmp_path / target).seed == 4
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+@POSIX
 @pytest.mark.parametrize(("module", "function"), [("os", "fsync"), ("os", "replace")])
 def test_what_a_killed_process_leaves_goes(module: str, function: str, tmp_path: Path) -> None:
     path = tmp_path / TARGET
@@ -84,12 +95,13 @@ def test_what_a_killed_process_leaves_goes(module: str, function: str, tmp_path:
     assert names(tmp_path) == [TARGET, "notes.tmp"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a folder is no obstacle there, an open file is")
+@POSIX
 def test_what_cannot_be_removed_is_no_reason_to_fail(tmp_path: Path) -> None:
-    """A folder of such a name is nobody's temporary file."""
-    (tmp_path / f".{TARGET}.abcd1234.tmp").mkdir()
+    (stale,) = left_behind(tmp_path / TARGET)
+    stale.unlink()
+    stale.mkdir()
     ll.save(adapted(), tmp_path / TARGET)
-    assert names(tmp_path) == [f".{TARGET}.abcd1234.tmp", TARGET]
+    assert names(tmp_path) == sorted([stale.name, TARGET])
 
 
 def test_a_save_that_is_under_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

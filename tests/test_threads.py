@@ -108,7 +108,7 @@ def merge_elsewhere(_: nn.Module, __: Path) -> None:
 def in_training() -> nn.Module:
     """Its normalisation takes the batch's own statistics: in eval mode it would compute something else."""
     model: Any = base()
-    model.head[1].train()
+    model.head.train()
     return model
 
 
