@@ -79,17 +79,17 @@ from .discovery.registry import (
 from .discovery.registry import (
     unregister as unregister,
 )
-from .files.format import AdapterFile as AdapterFile
-from .files.format import inspect as inspect
+from .files.adapter_file import AdapterFile as AdapterFile
+from .files.adapter_file import inspect as inspect
 from .files.load import load as load
 from .files.peft.as_lora import export_lora as export_lora
 from .files.peft.exporting import export_peft as export_peft
 from .files.peft.importing import import_peft as import_peft
 from .files.save import save as save
 from .layers.four_bit_packing import prepare as prepare
-from .layers.kinds import layer_dtype as layer_dtype
-from .layers.weight import base_forward as base_forward
-from .layers.weight import dense_weight as dense_weight
+from .layers.layer_kinds import layer_dtype as layer_dtype
+from .layers.weight_reading import base_forward as base_forward
+from .layers.weight_reading import dense_weight as dense_weight
 from .layers.weight_sketch import sketch as sketch
 from .toolbox.calibration import calibration_batches as calibration_batches
 from .toolbox.calibration import run_batch as run_batch

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite_core.cli import commands as cli
-from lora_lite_core.discovery.packages import Entry
+from lora_lite_core.discovery.entry_points import Entry
 
 from .models import net
 

@@ -52,7 +52,7 @@ def test_attaching_does_not_pay_for_the_listing() -> None:
     code = """
 import sys, torch, lora_lite as ll
 ll.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-assert not {f"lora_lite_core.{name}" for name in ("discovery.listing", "discovery.source", "cli")} & set(sys.modules)
+assert not {f"lora_lite_core.{name}" for name in ("discovery.listing", "discovery.source_reading", "cli")} & set(sys.modules)
 """
     python(code)
 

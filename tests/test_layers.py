@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.layers.behaviour import misbehaviour
-from lora_lite_core.layers.kinds import layer_sizes, storage_of
+from lora_lite_core.layers.layer_kinds import layer_sizes, storage_of
+from lora_lite_core.layers.suitability import misbehaviour
 from lora_lite_core.layers.weight_sketch import ACROSS_STORAGES, SAME_STORAGE, sketch_distance
-from lora_lite_core.weights.affine_map import dense_twin
+from lora_lite_core.weights.probing import dense_twin
 
 from .measure_sketch import measure
 

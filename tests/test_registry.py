@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.discovery import packages, registry
+from lora_lite_core.discovery import entry_points, registry
 
 FIRST_PARTY = sorted(registry.FIRST_PARTY)
 CONFIGS = [
@@ -70,7 +70,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
     yield make
     for name in [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]:
-        from lora_lite_core.contract.checked import forget
+        from lora_lite_core.contract.variant_validation import forget
 
         forget(sys.modules.pop(name))
 
@@ -229,7 +229,7 @@ def test_unknown_names_get_a_suggestion() -> None:
 
 
 def test_missing_first_party_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "entries", lambda group: [])
+    monkeypatch.setattr(entry_points, "entries", lambda group: [])
     monkeypatch.setattr(registry, "_loaded", {})
     with pytest.raises(AttributeError) as caught:
         ll.LoRAConfig  # noqa: B018

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import lora_lite as ll
 from lora_lite_core.contract.text import LINE, LINES, paragraphs, plain, table
-from lora_lite_core.contract.untrusted import JSON_VALUES, parse_json, read_regular
-from lora_lite_core.files.format import open_adapter
-from lora_lite_core.files.tensor_file import open_tensors
-from lora_lite_core.files.writing import write_tensors
+from lora_lite_core.contract.untrusted_input import JSON_VALUES, parse_json, read_regular
+from lora_lite_core.files.adapter_file import open_adapter
+from lora_lite_core.files.safetensors_reading import open_tensors
+from lora_lite_core.files.safetensors_writing import write_tensors
 
 from . import hostile_files
 from .hostile_files import VALID, at_once, safe

@@ -177,9 +177,9 @@ def test_the_hint(variant: str, plugin: dict[str, str], message: str, tmp_path: 
 
 def test_a_variant_that_has_a_home(tmp_path: Path, monkeypatch: Any) -> None:
     """A file cannot send anybody elsewhere for it."""
-    from lora_lite_core.discovery import packages, registry
+    from lora_lite_core.discovery import entry_points, registry
 
-    monkeypatch.setattr(packages, "entries", lambda group: [])
+    monkeypatch.setattr(entry_points, "entries", lambda group: [])
     monkeypatch.setattr(registry, "_loaded", {})
     (tmp_path / "a.safetensors").write_bytes(
         hostile_files.with_field("plugin", value={"distribution": "lora-lite-evil", "version": "9"})

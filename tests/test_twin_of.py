@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lora_lite as ll
-from lora_lite_core.layers.twin import Twins, twin_of
+from lora_lite_core.layers.twins import Twins, twin_of
 
 from .models import net, token_ids
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core.contract import checked as contract
 from lora_lite_core.contract import hookspecs
+from lora_lite_core.contract import variant_validation as contract
 
 from .models import net, token_ids
 

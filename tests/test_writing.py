@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite_core.files import writing
-from lora_lite_core.files.writing import write_tensors, write_whole
+from lora_lite_core.files import safetensors_writing
+from lora_lite_core.files.safetensors_writing import write_tensors, write_whole
 
 from . import hostile_files
 from .hostile_files import at_once, safe
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor([True])}
-POSIX = pytest.mark.skipif(writing.fcntl is None, reason="no file locks here")
+POSIX = pytest.mark.skipif(safetensors_writing.fcntl is None, reason="no file locks here")
 
 
 def refusal(path: Any, parts: Any = (b"new",)) -> str:
@@ -78,7 +78,9 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr(writing, "_temporary", lambda target: (target.with_name("t"), os.open("/dev/full", os.O_RDWR)))
+    monkeypatch.setattr(
+        safetensors_writing, "_temporary", lambda target: (target.with_name("t"), os.open("/dev/full", os.O_RDWR))
+    )
     assert "cannot be written: No space left on device" in refusal(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
 
@@ -113,7 +115,7 @@ def test_a_link_stays_a_link_and_any_name_of_a_file_will_do(tmp_path: Path) -> N
 
 WAITING = """
 import sys, time
-from lora_lite_core.files.writing import write_whole
+from lora_lite_core.files.safetensors_writing import write_whole
 
 def parts():
     yield b"half"

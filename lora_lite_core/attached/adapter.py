@@ -15,7 +15,8 @@ from ..contract.config import AdapterConfig, RankConfig
 from ..contract.errors import CalibrationError, ModelStateError
 from ..contract.target import Target
 from ..contract.text import count
-from ..layers.kinds import layer_device
+from ..layers.layer_kinds import layer_device
+from .attach_detach import install, switch_off, switch_on, uninstall
 from .model_checks import (
     Reaction,
     check_attachable,
@@ -28,7 +29,6 @@ from .model_checks import (
     check_takes_parameters,
     variant_of,
 )
-from .placing import install, switch_off, switch_on, uninstall
 from .records import (
     Record,
     Whole,
@@ -133,7 +133,7 @@ class Adapter:
         """The tensors of modules that are trained whole, by full name."""
         if not self.record.whole:
             return {}
-        from .whole_modules import current
+        from .train_modules import current
 
         return current(self.model, self.record)
 
@@ -189,7 +189,7 @@ def attach(
     targets = find_targets(model, cfg, variant, name)
     whole: dict[str, Whole] = {}
     if cfg.train_modules:
-        from .whole_modules import whole_copies
+        from .train_modules import whole_copies
 
         whole = whole_copies(model, cfg)
     check_calibration(variant, calibration_data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contract.errors import BaseMismatch, listed
 from ..contract.target import Target
 from ..contract.text import count
-from ..layers.kinds import storage_of
+from ..layers.layer_kinds import storage_of
 from ..layers.weight_sketch import sketch_distance, sketch_tolerance
 from .model_checks import Reaction
 from .records import record_of, records_of, targets_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..contract.errors import BrokenPlugin, ModelStateError, UnsupportedLayer
 from ..contract.target import Target
 from ..contract.variant import Hook
-from ..layers.kinds import input_name
+from ..layers.layer_kinds import input_name
 
 STATE = "_lora_lite"
 

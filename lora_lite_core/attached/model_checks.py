@@ -16,7 +16,7 @@ from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, Model
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from ..layers.kinds import is_usual, layer_device, storage_of
+from ..layers.layer_kinds import is_usual, layer_device, storage_of
 from .records import check_outside
 from .targeting import check_layer
 
@@ -129,7 +129,7 @@ def check_behaviour(targets: Iterable[Target]) -> None:
     unusual = [t for t in targets if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
     if not unusual:
         return
-    from ..layers.behaviour import misbehaviour
+    from ..layers.suitability import misbehaviour
 
     for target in {(type(t.layer), storage_of(t.layer)): t for t in unusual}.values():
         if why := misbehaviour(target.layer):

@@ -1,20 +1,19 @@
-"""What a model remembers of its adapters, names and order, on the model itself; and putting a model back as it was."""
+"""What a model remembers of its adapters, names and order, on the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterNameError, ModelStateError, did_you_mean, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
-from .forward_hooks import STATE, targets_on
+from ..layers.rollback import AllOrNothing
+from .forward_hooks import targets_on
 
 RECORDS = "_lora_lite_adapters"
 
@@ -115,6 +114,28 @@ def targets_of(model: nn.Module, name: str) -> dict[str, Target]:
     return {path: target for path, target in found.items() if target is not None}
 
 
+def all_or_nothing(model: nn.Module, undo: Callable[[], object] | None = None) -> AllOrNothing:
+    """A with-block after which, if it fails, the model is as before: what waits in its records and the packing flags
+    of 4-bit layers included."""
+    records = records_of(model)
+    waiting = [whole.base for record in records.adapters.values() for whole in record.whole.values()]
+
+    def undo_all() -> None:
+        let_pack(model, records.unpacked, False)
+        if undo is not None:
+            undo()
+
+    return AllOrNothing(model, waiting, undo_all)
+
+
+def let_pack(model: nn.Module, names: Sequence[str], flag: bool) -> None:
+    """Turn the packing flags of these 4-bit layers on or off."""
+    if names:
+        from ..layers.four_bit_packing import let_pack as set_flags
+
+        set_flags(model, names, flag)
+
+
 def check_outside(model: nn.Module, *blocks: str) -> None:
     """Raise ModelStateError inside one of these blocks ("disabled", "merged"; none given: both)."""
     inside = [block for record in records_of(model).adapters.values() for block in record.blocks.values()]
@@ -158,65 +179,3 @@ def check_name(model: nn.Module, name: str, variant: Variant | None = None) -> N
             f"adapter '{name}' was attached on meta as '{there.variant.name}', this is a '{variant.name}'; "
             f"give another name, or detach(model, '{name}') first"
         )
-
-
-_HELD = (
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)  # fmt: skip
-_OURS = (STATE, RECORDS)
-
-
-class AllOrNothing:
-    """A with-block that changes a model: when it fails or is interrupted, at whatever line, the model is as before.
-
-    Covers what the library changes: parameters, buffers, submodules and hooks in their places and order, flags, modes,
-    our own records; not the values of tensors, which are never written.
-    """
-
-    def __init__(self, model: nn.Module, undo: Callable[[], object] | None = None) -> None:
-        self._undo = undo  # of something else; may be repeated
-        modules = list(model.modules())
-        self._held = [part for module in modules for part in _contents(module)]
-        self._modules = [
-            (module, module.training, set(module._non_persistent_buffers_set), {k: vars(module).get(k) for k in _OURS})
-            for module in modules
-        ]
-        waiting = [whole.base for record in records_of(model).adapters.values() for whole in record.whole.values()]
-        self._flags = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *waiting)]
-        self._grad = torch.is_grad_enabled()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            self.restore()
-
-    def restore(self) -> None:
-        torch.set_grad_enabled(self._grad)
-        for held, keys, values in self._held:
-            if tuple(held) != keys or any(now is not then for now, then in zip(held.values(), values, strict=True)):
-                held.clear()
-                held.update(zip(keys, values, strict=True))
-        for module, training, unsaved, ours in self._modules:
-            module.training = training
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(unsaved)
-            for key, value in ours.items():
-                if value is not None:
-                    vars(module)[key] = value
-                else:
-                    vars(module).pop(key, None)
-        for tensor, flag in self._flags:
-            tensor.requires_grad = flag
-        if self._undo is not None:
-            self._undo()
-
-
-def _contents(module: nn.Module) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...]]]:
-    attributes = vars(module)
-    for key in _HELD:
-        if (held := attributes.get(key)) is not None:
-            yield held, tuple(held), tuple(held.values())

@@ -12,7 +12,7 @@ from ..contract.config import AdapterConfig
 from ..contract.errors import TargetError, UnsupportedLayer, closest, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
-from ..layers.kinds import is_a, layer_sizes, storage_of
+from ..layers.layer_kinds import is_a, layer_sizes, storage_of
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
@@ -35,7 +35,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     head = _head(model)
     whole: list[str] = []
     if cfg.train_modules:
-        from .whole_modules import trained_paths
+        from .train_modules import trained_paths
 
         whole = trained_paths(model, cfg)
     allowed = {

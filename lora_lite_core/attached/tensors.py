@@ -12,7 +12,7 @@ from ..contract.config import AdapterConfig
 from ..contract.errors import BrokenPlugin, LoraLiteError
 from ..contract.param_spec import ParamSpec
 from ..contract.target import Target
-from ..layers.kinds import layer_device, layer_dtype
+from ..layers.layer_kinds import layer_device, layer_dtype
 
 Made = dict[str, tuple[Tensor, torch.Size]]  # by bare name
 

@@ -12,10 +12,10 @@ import click
 
 from ..contract.errors import LoraLiteError, UnknownVariant, did_you_mean, listed
 from ..contract.text import paragraphs, plain, told
-from ..discovery.claims import COMMANDS, state_of
+from ..discovery.entry_points import Entry, entries
 from ..discovery.listing import describe, list_variants
-from ..discovery.packages import Entry, entries
-from ..files.format import inspect as inspect_file
+from ..discovery.name_conflicts import COMMANDS, state_of
+from ..files.adapter_file import inspect as inspect_file
 
 GROUP = "lora_lite.commands"
 

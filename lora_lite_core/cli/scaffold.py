@@ -15,8 +15,8 @@ from importlib_metadata import version
 from ..contract.config import RankConfig
 from ..contract.errors import ConfigError
 from ..contract.text import plain
-from ..discovery.claims import FIRST_PARTY
 from ..discovery.listing import list_variants
+from ..discovery.name_conflicts import FIRST_PARTY
 from ..discovery.registry import get_variant
 
 # Template: where it goes.

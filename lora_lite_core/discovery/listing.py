@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..contract.errors import BrokenPlugin, LoraLiteError
 from ..contract.text import ROWS, paragraphs, plain, table, told
-from .claims import state_of
-from .packages import Entry
+from .entry_points import Entry
+from .name_conflicts import state_of
 from .registry import get_variant, registered, variant_entries
-from .source import MOST, config_fields, config_name, hook_names, read_source, summary_of
+from .source_reading import MOST, config_fields, config_name, hook_names, read_source, summary_of
 
 if TYPE_CHECKING:
     from ..contract.variant import Variant

@@ -19,9 +19,9 @@ from ..contract.errors import (
     listed,
 )
 from ..contract.text import is_package_name, is_version, plain, told
-from . import packages
-from .claims import FIRST_PARTY, state_of, switched_off
-from .packages import Entry, Package
+from . import entry_points
+from .entry_points import Entry, Package
+from .name_conflicts import FIRST_PARTY, state_of, switched_off
 
 if TYPE_CHECKING:
     from ..contract.config import AdapterConfig
@@ -89,8 +89,8 @@ def register(namespace: Any, *, name: str) -> Variant:
     For notebooks and tests: the name is gone with the process. A name registered before is replaced; a name that an
     installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
     """
-    from ..contract.checked import check_variant
     from ..contract.variant import Origin
+    from ..contract.variant_validation import check_variant
 
     claims = [entry for entry in variant_entries() if entry.name == name]
     if owners := [e.package.name for e in claims if state_of(e, claims)[0] in ("ok", "claimed twice")]:
@@ -101,7 +101,7 @@ def register(namespace: Any, *, name: str) -> Variant:
 
 def unregister(name: str) -> None:
     """Take back a `register`; UnknownVariant when there was none of that name."""
-    from ..contract.checked import forget
+    from ..contract.variant_validation import forget
 
     if name not in _registered:
         raise UnknownVariant(f"'{name}' was not registered by hand; registered: {listed(_registered)}")
@@ -137,7 +137,7 @@ def LoraLiteConfig(*, variant: str, **fields: Any) -> AdapterConfig:
 
 def variant_entries() -> list[Entry]:
     """The entry points of variants, of all installed packages."""
-    return packages.entries(GROUP)
+    return entry_points.entries(GROUP)
 
 
 def _squash(name: str) -> str:
@@ -160,8 +160,8 @@ def _unknown(name: str) -> UnknownVariant:
 
 
 def _imported(entry: Entry) -> Variant:
-    from ..contract.checked import check_variant
     from ..contract.variant import Origin
+    from ..contract.variant_validation import check_variant
 
     name, package, version = entry.name, entry.package.name, entry.package.version
     _check_core_range(entry)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attached.adapter import Adapter
+from ..attached.attach_detach import install
 from ..attached.model_checks import (
     Reaction,
     check_attachable,
@@ -19,11 +19,10 @@ from ..attached.model_checks import (
     check_reaction,
     check_takes_parameters,
 )
-from ..attached.placing import install
 from ..attached.records import Record, Whole, check_name, check_one_owner
 from ..attached.targeting import located
 from ..attached.tensors import specs_for
-from ..contract.config import AdapterConfig
+from ..contract.config import AdapterConfig, changed_by_file, config_from_file
 from ..contract.errors import (
     AdapterFileError,
     BaseMismatch,
@@ -33,10 +32,10 @@ from ..contract.errors import (
 )
 from ..contract.param_spec import ParamSpec
 from ..contract.target import Target
-from ..contract.text import count
+from ..contract.text import count, plain
 from ..contract.variant import Variant
 from ..discovery.registry import variant_of_file
-from .format import AdapterFile, open_adapter
+from .adapter_file import AdapterFile, open_adapter
 
 
 def load(
@@ -62,7 +61,7 @@ def load(
         record, targets = _checked(file, model, name, trainable)
         base: Mapping[str, Tensor] = {}
         if record.cfg.train_modules:
-            from .whole_modules import trained_whole
+            from .train_modules import trained_whole
 
             base = trained_whole(file, model, record.cfg)
         expected = _expected(file, targets, base)
@@ -70,7 +69,7 @@ def load(
         if any(fingerprint for fingerprint, _ in saved.values()):
             from ..attached.base_check import check_base
 
-            check_base(str(file.path), targets, saved, on_base_mismatch)
+            check_base(plain(file.path), targets, saved, on_base_mismatch)
         tensors = opened.read()
     values = _values(file, tensors, expected)
     record.whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
@@ -95,9 +94,8 @@ def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) ->
 
 
 def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
-    fields = {key: value for key, value in file.config.items() if key != "variant"}
     try:
-        return variant.Config(**fields)
+        return config_from_file(variant.Config, file.config)
     except ConfigError as error:
         raise AdapterFileError(
             f"{file.path}: its config does not fit variant '{variant.name}' of {variant.distribution} "
@@ -131,8 +129,8 @@ def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant
 
 def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
     try:
-        return replace(cfg, **changes) if changes else cfg
-    except (ConfigError, TypeError) as error:
+        return changed_by_file(cfg, changes)
+    except ConfigError as error:
         raise AdapterFileError(
             f"a target's own config {dict(changes)} does not fit {type(cfg).__name__}: {error}"
         ) from error

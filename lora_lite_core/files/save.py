@@ -17,8 +17,8 @@ from ..contract.errors import (
     ModelStateError,
 )
 from ..contract.target import Target
-from .format import FORMAT, FORMAT_VERSION
-from .writing import real_path, write_tensors
+from .adapter_file import FORMAT, FORMAT_VERSION
+from .safetensors_writing import real_path, write_tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     if target.suffix != ".safetensors":
         raise AdapterFileError(
             f"adapters are saved as .safetensors, not '{target.name}'; "
-            f"type save(model, '{target.with_name(f'{target.stem or target.name}.safetensors')}')"
+            f"type save(model, '{target.parent / (target.stem or 'adapter')}.safetensors')"
         )
     tensors = {
         f"{layer_name}.{bare}": target.params_on(target.layer)[bare]
@@ -49,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         for bare in target.saved
     }
     if record.whole:
-        from ..attached.whole_modules import current
+        from ..attached.train_modules import current
 
         tensors |= current(model, record)
     write_tensors(target, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(record, targets))
@@ -68,7 +68,7 @@ def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
     }
     whole: list[str] = []
     if record.whole:
-        from .whole_modules import exact_patterns
+        from .train_modules import exact_patterns
 
         whole = exact_patterns(record.whole)  # names, not the patterns that have found them
     adapter = {

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..contract.errors import TargetError, listed
 from ..contract.text import count
-from .twin import Twins
-from .weight import within
+from .twins import Twins
+from .weight_reading import within
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .kinds import layer_device, sizes_of
-from .weight import base_forward, plain_weight, probe
+from .layer_kinds import layer_device, sizes_of
+from .weight_reading import base_forward, plain_weight, probe
 
 SKETCH_SIZE = 16  # projections of a sketch
 

@@ -15,7 +15,7 @@ from ..attached.tensors import specs_for
 from ..contract.config import AdapterConfig
 from ..contract.target import Target
 from ..discovery.registry import LoraLiteConfig
-from ..layers.kinds import layer_sizes
+from ..layers.layer_kinds import layer_sizes
 from .check import promise
 from .variant_under_test import Subject, close, must
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
-from ..layers.kinds import input_name
-from ..layers.twin import Twins
+from ..layers.layer_kinds import input_name
+from ..layers.twins import Twins
 
 if TYPE_CHECKING:
     from ..contract.target import Target

@@ -12,7 +12,7 @@ from ..attached.targeting import linear_layers
 from ..contract.errors import listed
 from ..contract.text import count
 from ..layers.dry_run import called_layers
-from ..layers.kinds import layer_sizes
+from ..layers.layer_kinds import layer_sizes
 
 
 @dataclass(frozen=True)

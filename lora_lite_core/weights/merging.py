@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attached.attach_detach import switch_off, switch_on, uninstall
 from ..attached.forward_hooks import hook_in_between, state_of
 from ..attached.model_checks import check_attachable
-from ..attached.placing import switch_off, switch_on, uninstall
-from ..attached.records import AllOrNothing, names_of, present_targets, record_of, targets_of
-from ..attached.whole_modules import current, place, put_trained, tensor_at
+from ..attached.records import all_or_nothing, names_of, present_targets, record_of, targets_of
+from ..attached.train_modules import current, place, put_trained, tensor_at
 from ..contract.errors import MergeError, ModelStateError
-from ..layers.kinds import is_conv1d, storage_of
-from ..layers.twin import twin_of
-from ..layers.weight import base_forward
-from .affine_map import AffineMap, adapted_map, adapters_alone, listed_variants
+from ..layers.layer_kinds import is_conv1d, storage_of
+from ..layers.twins import twin_of
+from ..layers.weight_reading import base_forward
+from .probing import AffineMap, adapted_map, adapters_alone, listed_variants
 
 
 @dataclass
@@ -46,7 +46,7 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
     """
     names = names_of(model, name)
     folds = _folds(model, names, to_dense)
-    with AllOrNothing(model):
+    with all_or_nothing(model):
         trained = {key: tensor for one in names for key, tensor in current(model, record_of(model, one)).items()}
         uninstall(model, names)
         for key, tensor in trained.items():  # what was trained whole stays

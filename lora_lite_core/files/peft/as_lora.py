@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
-from ...weights.affine_map import adapted_map, adapters_alone
+from ...weights.probing import adapted_map, adapters_alone
 from .folder import dtype_of, layout_fields, refuse_whole_modules, write_directory
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
-from ...attached.whole_modules import current, outermost
+from ...attached.train_modules import current, outermost
 from ...contract.errors import MergeError
-from ...weights.affine_map import adapters_alone, check_usable
+from ...weights.probing import adapters_alone, check_usable
 from .folder import check_endings, layout_fields, write_directory
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...attached.records import Record
 from ...contract.errors import AdapterFileError, MergeError, listed
-from ...layers.kinds import is_conv1d
+from ...layers.layer_kinds import is_conv1d
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

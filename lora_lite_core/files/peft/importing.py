@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...attached.adapter import Adapter
+from ...attached.attach_detach import install
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights
-from ...attached.placing import install
-from ...attached.records import AllOrNothing, Record, Whole, check_name, check_one_owner
+from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
 from ...attached.targeting import located
 from ...attached.tensors import specs_for
-from ...attached.whole_modules import check_trainable, tensors_in, trained_paths
+from ...attached.train_modules import check_trainable, tensors_in, trained_paths
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.variant import Variant
 from ...discovery.listing import list_variants
 from ...discovery.registry import get_variant
-from ...layers.kinds import layer_sizes
+from ...layers.layer_kinds import layer_sizes
 from .exporting import PATTERNS
 from .folder import CONFIG, read_directory
 
@@ -80,7 +80,7 @@ def import_peft(
         if trainable:
             check_behaviour(read.found)
     heads = {key: Whole.trained_from(tensor, trained[key]) for key, tensor in whole.items()}
-    with AllOrNothing(model):
+    with all_or_nothing(model):
         for one, read in zip(names, reads, strict=True):
             common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
             cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)

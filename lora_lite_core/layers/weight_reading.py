@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .four_bit_packing import unpack
-from .kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
-from .twin import Twins
+from .layer_kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
+from .twins import Twins
 
 PROBE_ROWS = 256  # identity rows per block when a weight is probed
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..contract.errors import AdapterNameError, TargetError
 from ..contract.target import Target
 from .forward_hooks import add_target, leaving_no_hook, remove_target, targets_on
-from .records import RECORDS, AllOrNothing, Record, present_targets, record_of, records_of
+from .records import RECORDS, Record, all_or_nothing, let_pack, present_targets, record_of, records_of
 from .tensors import (
     Made,
     as_made,
@@ -46,11 +46,11 @@ def install(
     anything fails."""
     targets = list(targets)
     if any(other.whole for other in records_of(model).adapters.values()):
-        from .whole_modules import check_untrained
+        from .train_modules import check_untrained
 
         check_untrained(model, (*record.whole, *(target.name for target in targets)))
     unpacking = _unpacking(model)
-    with AllOrNothing(model, undo=unpacking.undo):
+    with all_or_nothing(model, undo=unpacking.undo):
         unpacking.apply()
         if name in records_of(model).adapters:
             take_off(model, name)
@@ -66,8 +66,7 @@ def install(
 
 def uninstall(model: nn.Module, names: Sequence[str]) -> None:
     """Take these adapters off; with the last one everything else that `install` has done is undone, too."""
-    unpacked = records_of(model).unpacked
-    with AllOrNothing(model, undo=lambda: _let_pack(model, unpacked, False)):
+    with all_or_nothing(model):
         for name in names:
             take_off(model, name)
         if not records_of(model).adapters:
@@ -102,7 +101,7 @@ def _switch(model: nn.Module, name: str) -> None:
 
 
 def take_off(model: nn.Module, name: str) -> None:
-    """Hooks, tensors and record of one adapter. To be used inside an AllOrNothing block."""
+    """Hooks, tensors and record of one adapter. To be used inside an all_or_nothing block."""
     for target in present_targets(model, name).values():
         if target is not None:
             remove_target(target.layer, name)
@@ -146,7 +145,7 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
 def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
     """What is trained whole in its places, or what the base has there. May be repeated."""
     if record.whole:
-        from .whole_modules import put_base, put_trained
+        from .train_modules import put_base, put_trained
 
         (put_trained if trained else put_base)(model, record)
 
@@ -176,7 +175,7 @@ def _release(model: nn.Module) -> None:
             parameters[name].requires_grad = True
     for handle in records.handles:
         handle.remove()
-    _let_pack(model, records.unpacked, True)
+    let_pack(model, records.unpacked, True)
     vars(model).pop(RECORDS)
 
 
@@ -187,13 +186,6 @@ def _unpacking(model: nn.Module) -> Any:
     from ..layers.four_bit_packing import Unpacking
 
     return Unpacking(model)
-
-
-def _let_pack(model: nn.Module, names: Sequence[str], flag: bool) -> None:
-    if names:
-        from ..layers.four_bit_packing import let_pack
-
-        let_pack(model, names, flag)
 
 
 class Making:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ..contract.text import normal
-from .packages import Entry
+from .entry_points import Entry
 
 ALLOW, BLOCK = "LORA_LITE_PLUGINS", "LORA_LITE_BLOCK"  # environment switches: names of variants and of packages
 # For the "pip install …" hint when a first-party package is missing, and for what LORA_LITE_PLUGINS=NAME means.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..contract.errors import AdapterFileError
 from ..contract.text import plain
-from .tensor_file import DTYPES, HEADER_LIMIT, little_endian
+from .safetensors_reading import DTYPES, HEADER_LIMIT, little_endian
 
 try:
     import fcntl

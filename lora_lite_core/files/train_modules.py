@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..attached.whole_modules import check_trainable, outermost, tensors_in
+from ..attached.train_modules import check_trainable, outermost, tensors_in
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterFileError, did_you_mean, listed
-from .format import AdapterFile
+from .adapter_file import AdapterFile
 
 
 def exact_patterns(tensor_names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..contract.errors import BrokenPlugin
 from ..contract.text import plain
-from ..contract.untrusted import collector_paused, read_regular
+from ..contract.untrusted_input import collector_paused, read_regular
 
 MOST = 128 * 1024  # bytes of a module: a hundred times what a variant has, and half a second for the parser at worst
 BASES = ("AdapterConfig", "RankConfig", "LowRankConfig")

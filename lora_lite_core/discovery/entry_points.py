@@ -18,7 +18,7 @@ from typing import Any
 from importlib_metadata import distributions
 
 from ..contract.text import is_package_name, is_variant_name, is_version, normal, plain, told
-from ..contract.untrusted import read_regular
+from ..contract.untrusted_input import read_regular
 
 MOST = 1_000_000  # bytes of a metadata file
 MOST_ENTRIES = 100  # of one package in one group

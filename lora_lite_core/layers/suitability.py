@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kinds import sizes_of
-from .weight import base_forward, probe
+from .layer_kinds import sizes_of
+from .weight_reading import base_forward, probe
 
 
 def misbehaviour(layer: nn.Module) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..attached.forward_hooks import targets_on
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
-from ..layers.kinds import layer_device
-from ..layers.weight import PROBE_ROWS, base_forward, bias_of, dense_weight
+from ..layers.layer_kinds import layer_device
+from ..layers.weight_reading import PROBE_ROWS, base_forward, bias_of, dense_weight
 
 AFFINE_TOLERANCE = 1e-6  # relative; affine variants stay below 1e-12, a tanh of size 1e-3 shows as 2e-5
 
