@@ -1,0 +1,190 @@
+"""The fields of PEFT's adapter_config.json: which are read, which say nothing of the adapter, which are refused.
+
+Every field is one of these; a field that nobody has read and that is not off is an error, whoever made it up. Of the
+methods' own fields a variant's `from_peft` reads what it needs.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ...contract.errors import AdapterFileError
+from ...contract.text import plain
+
+if TYPE_CHECKING:
+    from _collections_abc import dict_items, dict_values
+
+CONFIG = "adapter_config.json"
+# What a layer's own value of a field is looked up in, by patterns.
+PER_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "delora_lambda": "lambda_pattern"}
+SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+IGNORED = {
+    "task_type": "what the model is for",
+    "auto_mapping": "the base model's class",
+    "base_model_name_or_path": "the base model's name; whether this is that model cannot be told from a name",
+    "revision": "the base model's revision",
+    "peft_version": "what wrote the folder",
+    "inference_mode": "whether PEFT trains it on; here `trainable` says so",
+    "runtime_config": "how PEFT runs",
+    "fan_in_fan_out": "whether the base's weights are transposed; each layer tells it itself, for PEFT, too",
+    "init_weights": "where training began",
+    "init_ia3_weights": "where training began",
+    "eva_config": "where training began",
+    "corda_config": "where training began; a base that was changed for it is told by init_lora_weights",
+    "loftq_config": "where training began; a base that was changed for it is told by init_lora_weights",
+    "lora_ga_config": "where training began; a base that was changed for it is told by init_lora_weights",
+    "megatron_core": "only with megatron_config",
+    "qalora_group_size": "only with use_qalora",
+}
+REFUSED = {
+    "target_parameters": "adapts parameters that belong to no linear layer",
+    "trainable_token_indices": "trains rows of an embedding",
+    "layer_replication": "builds another model of the base's layers",
+    "alora_invocation_tokens": "switches the adapter on at a token",
+    "megatron_config": "is for layers of Megatron",
+    "velora_config": "trains with a backward pass of its own",
+    "monteclora_config": "samples the factors",
+    "use_bdlora": "has block-diagonal factors",
+    "arrow_config": "chooses between adapters at every token",
+    "kasa_config": "changes the base's weights",
+    "ensure_weight_tying": "ties trained tensors to each other",
+}
+BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")  # starts with a name that leave the base as it is
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 8, 8
+
+_Check = Callable[[Any], bool]
+_V = TypeVar("_V")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_number, value.values())))
+
+
+TEXT: tuple[str, _Check] = ("a text", lambda v: isinstance(v, str))
+WORD: tuple[str, _Check] = ("a text", lambda v: v is None or isinstance(v, str))
+FLAG: tuple[str, _Check] = ("true or false", lambda v: v is None or isinstance(v, bool))
+NUMBER: tuple[str, _Check] = ("a number", _number)
+WHOLE: tuple[str, _Check] = ("a whole number from 0", _whole)
+NAMES: tuple[str, _Check] = ("a list of names or a pattern", lambda v: v is None or isinstance(v, str) or _texts(v))
+LIST: tuple[str, _Check] = ("a list of names", lambda v: v is None or _texts(v))
+PLACES: tuple[str, _Check] = (
+    "a block's number or a list of them",
+    lambda v: v is None or _whole(v) or (isinstance(v, list) and all(map(_whole, v))),
+)
+TABLE: tuple[str, _Check] = ("numbers by pattern", _numbers)
+SHARE: tuple[str, _Check] = ("a number from 0 to 1", lambda v: v is None or (_number(v) and 0 <= v <= 1))
+START: tuple[str, _Check] = ("true, false or a name", lambda v: v is None or isinstance(v, (bool, str)))
+
+KINDS = {
+    "peft_type": TEXT, "target_modules": NAMES, "exclude_modules": NAMES, "feedforward_modules": NAMES,
+    "modules_to_save": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
+    "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
+    "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
+    "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
+    "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
+}  # fmt: skip
+
+
+class Tracked(dict[str, _V]):
+    """A dict that remembers which of its values were read."""
+
+    def __init__(self, items: Mapping[str, _V]) -> None:
+        super().__init__(items)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> _V:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.read.add(key)
+        return super().pop(key, *default)
+
+    def items(self) -> dict_items[str, _V]:
+        self.read.update(self)
+        return super().items()
+
+    def values(self) -> dict_values[str, _V]:
+        self.read.update(self)
+        return super().values()
+
+
+def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
+    """Raise AdapterFileError for what no variant could read, or not train on."""
+    for name, value in config.items():
+        what, fits = SHARE if name.endswith("dropout") else KINDS.get(name, ("", lambda _: True))
+        if not fits(value):
+            raise AdapterFileError(f"{named(name, value)}: it is {what}")
+        if name in REFUSED and not off(value):
+            raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")
+        if name.endswith("dropout") and value and trainable:
+            raise AdapterFileError(
+                f"{named(name, value)}: there is no dropout here; type import_peft(…, trainable=False) to run the "
+                f"adapter, which dropout does not change, or set it to 0 in {CONFIG} to train on without"
+            )
+    start = config.get("init_lora_weights")
+    if start == "mica" and trainable:
+        raise AdapterFileError(
+            f"{named('init_lora_weights', start)} keeps lora_B as it is in training; type import_peft(…, "
+            f"trainable=False) to run the adapter, or set it to true in {CONFIG} to train both factors on"
+        )
+    if isinstance(start, str) and start not in BASE_KEPT:
+        raise AdapterFileError(
+            f"{named('init_lora_weights', start)}: these factors belong to a base that PEFT has changed; save it there "
+            "in converted form, with path_initial_model_for_weight_conversion"
+        )
+
+
+def check_all_read(config: Tracked[Any], variant: str) -> None:
+    """Raise AdapterFileError when a field that is on was read by nobody."""
+    known = {*IGNORED, *SELECTING, "peft_type", "init_lora_weights", *config.read}
+    known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
+    for name in config:
+        value = dict.__getitem__(config, name)
+        if name not in known and not name.endswith("dropout") and not off(value):
+            raise AdapterFileError(
+                f"{named(name, value)} is not what variant '{variant}' reads; it may change what the adapter computes"
+            )
+
+
+def off(value: object) -> bool:
+    """Whether a value is how PEFT's configs write that something is not used."""
+    return not value or value == "none"
+
+
+def named(name: str, value: object) -> str:
+    return f"{plain(name, 100)}={shown(value)} in {CONFIG}"
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, cut where it gets long or deep."""
+    return _SHORT.repr(value)
+
+
+def first_of(names: Collection[str], most: int = 4) -> str:
+    """Some of these names for people, comma separated."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(plain(name, 100) for name in islice(names, most)) or "none") + more
