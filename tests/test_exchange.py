@@ -149,7 +149,8 @@ def test_pissa_of_peft_only_in_converted_form(tmp_path: Path) -> None:
     expected = logits(model)
     model.save_pretrained(tmp_path / "raw")
     with pytest.raises(
-        ll.AdapterFileError, match=r"init_lora_weights='pissa': these factors belong to a base that PEFT has changed"
+        ll.AdapterFileError,
+        match=r"init_lora_weights='pissa' in adapter_config.json: these factors belong to a base that PEFT has changed",
     ):
         ll.import_peft(copy.deepcopy(base), tmp_path / "raw")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
@@ -169,13 +170,13 @@ def edited(folder: Path, **fields: Any) -> Path:
     [
         (
             {"target_parameters": ["experts"]},
-            r"target_parameters=\['experts'\] in adapter_config.json is more than an adapter of layers",
+            r"target_parameters=\['experts'\] in adapter_config.json adapts parameters that belong to no linear layer",
         ),
         (
             {"peft_type": "VERA"},
-            r"no installed variant reads peft_type 'VERA' with lora_A.weight, lora_B.weight\n  variants that read PEFT's files: delora, dora, hra",
+            r"no installed variant reads peft_type 'VERA' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: delora, dora, hra",
         ),
-        ({"bias": "all"}, "use_qalora, lora_bias and bias are more than a low-rank product"),
+        ({"bias": "all"}, "bias='all' is more than a low-rank product"),
         (
             {"r": 5},
             r"its tensors are {'lora_A': \(4, 64\), 'lora_B': \(64, 4\)} for lora, which needs {'lora_A': \(5, 64\)",
@@ -209,10 +210,10 @@ def test_another_model_and_broken_folders(tmp_path: Path) -> None:
         ll.import_peft(gpt2(), tmp_path / "theirs")
     with pytest.raises(ll.AdapterFileError, match="for lora, which needs"):
         ll.import_peft(llama(hidden_size=32), tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match=r"holds no adapter_config.json \(there: no such folder\)"):
+    with pytest.raises(ll.AdapterFileError, match=r"holds no adapter_config.json: there is no such folder"):
         ll.import_peft(base, tmp_path / "nothing")
     (tmp_path / "theirs/adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ll.AdapterFileError, match="cannot be read as a PEFT adapter"):
+    with pytest.raises(ll.AdapterFileError, match="adapter_model.safetensors is not a safetensors file"):
         ll.import_peft(base, tmp_path / "theirs")
 
 
@@ -244,7 +245,9 @@ def test_dora_of_a_changed_base_is_refused(tmp_path: Path) -> None:
     base = llama()
     cfg = peft.LoraConfig(r=4, use_dora=True, target_modules=LINEAR, init_lora_weights="pissa")
     saved_by_peft(base, cfg, tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match="init_lora_weights='pissa': these factors belong to a base"):
+    with pytest.raises(
+        ll.AdapterFileError, match="init_lora_weights='pissa' in adapter_config.json: these factors belong to a base"
+    ):
         ll.import_peft(base, tmp_path / "theirs")
 
 
@@ -338,3 +341,88 @@ def test_a_failed_second_half_takes_the_first_off(tmp_path: Path, monkeypatch: p
     assert not ll.adapters(base)
     assert all(p.requires_grad for p in base.parameters())
     assert "_lora_lite_adapters" not in vars(base)
+
+
+def without(folder: Path, *parts: str) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if not any(part in k for part in parts)}, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "all", "rslora", "ia3", "oft"])
+def test_a_folder_that_has_lost_a_module(name: str, tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, THEIRS[name](), tmp_path / "theirs")
+    lost = "layers.1.self_attn.q_proj"
+    with pytest.raises(ll.AdapterFileError, match=rf"there is no tensor of model\.{lost}; the folder is not complete"):
+        ll.import_peft(base, without(tmp_path / "theirs", lost), trainable=False)
+    assert not ll.adapters(base)
+
+
+def test_a_head_that_is_lost(tmp_path: Path) -> None:
+    base = llama()
+    saved_by_peft(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path / "t")
+    model = copy.deepcopy(base)
+    adapter = ll.import_peft(model, tmp_path / "t")
+    assert [key for key, _ in adapter.named_tensors()][-1] == "lm_head.weight"
+    with pytest.raises(ll.AdapterFileError, match="modules_to_save: adapter_model.safetensors lacks lm_head.weight"):
+        ll.import_peft(base, without(tmp_path / "t", "lm_head"))
+    assert not ll.adapters(base)
+
+
+def test_dropout(tmp_path: Path) -> None:
+    """It changes nothing but training, and that is refused."""
+    base = llama()
+    cfg = peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=False, lora_dropout=0.05)
+    expected = saved_by_peft(base, cfg, tmp_path / "theirs")
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"lora_dropout=0.05 in adapter_config.json: there is no dropout here; type import_peft\(…, trainable=False\) "
+        r"to run the adapter, which dropout does not change, or set it to 0 in adapter_config.json to train on without",
+    ):
+        ll.import_peft(base, tmp_path / "theirs")
+    assert not ll.adapters(base)
+    model = copy.deepcopy(base)
+    ll.import_peft(model, tmp_path / "theirs", trainable=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+    ll.import_peft(base, edited(tmp_path / "theirs", lora_dropout=0))
+    torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_mica_is_run_and_not_trained(tmp_path: Path) -> None:
+    base = llama()
+    cfg = peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="mica")
+    expected = saved_by_peft(base, cfg, tmp_path / "theirs")
+    with pytest.raises(
+        ll.AdapterFileError, match="init_lora_weights='mica' in adapter_config.json keeps lora_B as it is"
+    ):
+        ll.import_peft(base, tmp_path / "theirs")
+    ll.import_peft(base, tmp_path / "theirs", trainable=False)
+    torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_delora_of_another_base(tmp_path: Path) -> None:
+    """The file holds the norms of its base's columns, so that it can be told."""
+    saved_by_peft(llama(), THEIRS["delora"](), tmp_path / "theirs")
+    other = llama()
+    other.model.layers[1].mlp.down_proj.weight.data.mul_(1.05)
+    with pytest.raises(
+        ll.AdapterFileError, match="down_proj: delora_w_norm does not hold the norms of this layer's col"
+    ):
+        ll.import_peft(other, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("size", [(1, 6), (6, 1), (1, 1)])
+def test_ia3_on_layers_that_are_one_wide(size: tuple[int, int], tmp_path: Path) -> None:
+    """The shape of a gate does not tell its side there; the config does."""
+    base = torch.nn.ModuleDict({"a": torch.nn.Linear(*size), "b": torch.nn.Linear(*size)})
+    for feedforward in ([], ["a", "b"]):
+        cfg = peft.IA3Config(target_modules=["a", "b"], feedforward_modules=feedforward, init_ia3_weights=False)
+        theirs = peft.get_peft_model(copy.deepcopy(base), cfg).eval()
+        theirs.save_pretrained(tmp_path / "theirs")
+        model = copy.deepcopy(base)
+        assert ll.import_peft(model, tmp_path / "theirs").record.variant.name == ("ia3_ff" if feedforward else "ia3")
+        x = torch.randn(3, size[0])
+        torch.testing.assert_close(model["a"](x), theirs.base_model.model["a"](x))

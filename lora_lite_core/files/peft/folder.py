@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...attached.records import Record
@@ -47,23 +47,6 @@ def write_directory(
         partial.replace(folder / CONFIG)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def read_directory(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config, and the tensors by module path and PEFT's own name, without its prefix."""
-    folder = Path(directory)
-    for part in (CONFIG, WEIGHTS):
-        if not (folder / part).is_file():
-            there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise AdapterFileError(f"{folder} holds no {part} (there: {there}); give a directory that PEFT has saved")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise AdapterFileError(f"{folder} cannot be read as a PEFT adapter: {error}") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterFileError(f"{folder / CONFIG} names no peft_type; it is not a PEFT adapter's")
-    return config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
 def suffix_targets(model: nn.Module, targets: Collection[str]) -> list[str]:

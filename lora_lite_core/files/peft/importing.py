@@ -1,46 +1,36 @@
-"""PEFT's own formats of the methods that it has, too. A method's module tells how it maps: to_peft and from_peft."""
+"""Folders that PEFT has saved, onto a model. A method's module tells how it maps: from_peft.
+
+First everything is read and checked: the files, the config's fields, the modules that it selects, each layer's tensors,
+whole modules. Only then is the model touched.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ...attached.adapter import Adapter
 from ...attached.attach_detach import install
-from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights
+from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
 from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
-from ...attached.targeting import located
-from ...attached.tensors import specs_for
-from ...attached.train_modules import check_trainable, tensors_in, trained_paths
-from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
-from ...contract.target import Target
-from ...contract.variant import Variant
-from ...discovery.listing import list_variants
-from ...discovery.registry import get_variant
-from ...layers.layer_kinds import layer_sizes
-from .exporting import PATTERNS
-from .folder import CONFIG, read_directory
+from ...attached.train_modules import check_trainable, tensors_in
+from ...contract.config import FLOAT_DTYPES, AdapterConfig
+from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
+from ...contract.text import plain
+from ...layers.layer_kinds import layer_device, layer_sizes
+from ..train_modules import exact_patterns
+from .fields import check_fields, first_of
+from .folder_reading import WEIGHTS, read_folder
+from .readers import Part, read_parts
+from .selection import Selection, check_complete
 
-BASE_KEPT = ("gaussian", "eva", "orthogonal")  # named starts of PEFT's LoRA that leave the base as it is
-UNREADABLE = (
-    "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
-    "alora_invocation_tokens", "corda_config", "loftq_config",
-)  # fmt: skip
-
-
-@dataclass
-class _Read:
-    """What one variant makes of a directory: per module the config and the tensors."""
-
-    variant: Variant
-    found: list[Target] = field(default_factory=list)
-    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 
 
 def import_peft(
@@ -49,145 +39,110 @@ def import_peft(
     """Attach an adapter that PEFT has saved: LoRA (rsLoRA and patterns, too), DoRA, IA3, HRA, OFT, RoAd or DeLoRA.
 
     directory  with adapter_config.json and adapter_model.safetensors; of another base model there is no way to tell
-    trainable  False keeps its tensors out of training
+    trainable  False keeps its tensors out of training. There is no dropout here: an adapter with lora_dropout > 0
+               computes the same in evaluation and is imported with False; with True it is refused
 
     IA3 gates of inputs and of outputs are two variants here: then the second is called `{name}_{variant}`. All is
-    checked before the model is touched. Raises AdapterFileError for what the installed variants cannot represent, with
-    the field that is in the way; AdapterNameError; ModelStateError.
+    checked before the model is touched: what the config selects and what the file holds must be the same modules, and
+    no field is dropped. Raises AdapterFileError for what the installed variants cannot represent, with the field that
+    is in the way; AdapterNameError; ModelStateError.
     """
-    config, tensors = read_directory(directory)
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start not in BASE_KEPT:
-        raise AdapterFileError(
-            f"{directory}: init_lora_weights={start!r}: these factors belong to a base that PEFT "
-            "has changed; save it there in converted form, with path_initial_model_for_weight_conversion"
-        )
-    if bad := [key for key in UNREADABLE if config.get(key)]:
-        raise AdapterFileError(
-            f"{directory}: {bad[0]}={config[bad[0]]!r} in {CONFIG} is more than an adapter of layers"
-        )
     check_attachable(model)
+    if trainable:
+        check_takes_parameters(model)
     check_one_owner(model)
-    trained, patterns = _whole_modules(config, tensors)
-    rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
-    reads = _read_all(str(directory), model, config, _by_module(str(directory), model, rest))
-    reads[0].found = [replace(one, cfg=replace(one.cfg, train_modules=patterns)) for one in reads[0].found]
-    whole = _check_whole(str(directory), model, reads[0], trained)
-    names = [name, *(f"{name}_{read.variant.name}" for read in reads[1:])]
-    for one, read in zip(names, reads, strict=True):
-        check_name(model, one, read.variant)
-        check_has_weights(read.found)
-        if trainable:
-            check_behaviour(read.found)
-    heads = {key: Whole.trained_from(tensor, trained[key]) for key, tensor in whole.items()}
-    with all_or_nothing(model):
-        for one, read in zip(names, reads, strict=True):
-            common = Counter(repr(target.cfg) for target in read.found).most_common(1)[0][0]
-            cfg = next(target.cfg for target in read.found if repr(target.cfg) == common)
-            record = Record(
-                read.variant,
-                cfg,
-                seed=0,
-                whole=heads if one == name else {},
+    try:
+        folder = Path(directory)
+    except TypeError as error:
+        raise AdapterFileError(f"{directory!r} is not a folder: {error}") from error
+    try:
+        parts, whole = _read(model, folder, trainable)
+    except AdapterFileError as error:
+        inside = str(error).startswith(plain(folder))  # of a file in it, which says so itself
+        raise AdapterFileError(str(error) if inside else f"{plain(folder)}: {error}") from error
+    return _attach(model, name, parts, whole, trainable)
+
+
+def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], dict[str, Whole]]:
+    """What the folder holds by variant and layer, and of whole modules by the tensors' names in this model."""
+    config, tensors = read_folder(folder, model)
+    check_fields(config, trainable)
+    selection = Selection(config, model)
+    whole = _whole_modules(selection, tensors)
+    layers = _by_layer(selection, {key: tensor for key, tensor in tensors.items() if key not in whole})
+    check_complete(selection, layers)
+    return read_parts(selection, layers), whole
+
+
+def _whole_modules(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Whole]:
+    """The tensors of PEFT's modules_to_save. Of its names those that no module here has select nothing, for PEFT, too:
+    it adds 'classifier' and 'score' to every config of a model that classifies."""
+    paths = selection.whole()
+    try:
+        wanted = tensors_in(selection.model, paths)
+        check_trainable(selection.model, wanted)
+    except ModelStateError:
+        raise
+    except LoraLiteError as error:
+        raise AdapterFileError(f"modules_to_save: {error}") from error
+    inside = {key for key in tensors if any(key.startswith(f"{path}.") for path in paths)}
+    if missing := [key for key in wanted if key not in tensors]:
+        raise AdapterFileError(f"modules_to_save: {WEIGHTS} lacks {first_of(missing)}")
+    if extra := [key for key in tensors if key in inside and key not in wanted]:
+        raise AdapterFileError(f"modules_to_save: {first_of(extra)} is in {WEIGHTS} and not in the module here")
+    for key, tensor in wanted.items():
+        given = tensors[key]
+        if given.shape != tensor.shape or not (given.dtype == tensor.dtype or {given.dtype, tensor.dtype} <= {*FLOATS}):
+            raise AdapterFileError(
+                f"modules_to_save: {key} is {tuple(given.shape)} of {given.dtype} in {WEIGHTS}, and "
+                f"{tuple(tensor.shape)} of {tensor.dtype} in this {type(selection.model).__name__}"
             )
-            targets = [replace(target, adapter=one) for target in read.found]
-            install(model, one, record, targets, values=read.values, trainable=trainable)
+    return {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in wanted.items()}
+
+
+def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors by layer and by their names there, in the model's order."""
+    modules = dict(selection.model.named_modules())
+    deepest = max(name.count(".") for name in modules) + 1
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".", deepest)
+        ends = range(len(parts) - 1, 0, -1)
+        path = next((one for end in ends if (one := ".".join(parts[:end])) in modules), "")
+        if not path or layer_sizes(modules[path]) is None:
+            raise AdapterFileError(
+                f"{first_of([key])} belongs to no linear layer of this {type(selection.model).__name__}"
+            )
+        if layer_device(modules[path]).type == "meta":
+            raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
+        if tensor.dtype not in FLOATS:
+            raise AdapterFileError(
+                f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
+            )
+        found.setdefault(path, {})[key[len(path) + 1 :]] = tensor
+    if not found:
+        raise AdapterFileError(f"{WEIGHTS} holds no tensor of a layer")
+    return {path: found[path] for path in modules if path in found}
+
+
+def _attach(model: nn.Module, name: str, parts: list[Part], whole: dict[str, Whole], trainable: bool) -> Adapter:
+    """One adapter for each variant, all of them or none; the whole modules go with the first."""
+    names = [name, *(f"{name}_{part.variant.name}" for part in parts[1:])]
+    for one, part in zip(names, parts, strict=True):
+        check_name(model, one, part.variant)
+        check_has_weights(part.targets)
+        if trainable:
+            check_behaviour(part.targets)
+        patterns = tuple(exact_patterns(whole)) if one == name else ()
+        part.targets = [replace(t, adapter=one, cfg=replace(t.cfg, train_modules=patterns)) for t in part.targets]
+    with all_or_nothing(model):
+        for one, part in zip(names, parts, strict=True):
+            record = Record(part.variant, _commonest(part), seed=0, whole=whole if one == name else {})
+            install(model, one, record, part.targets, values=part.values, trainable=trainable)
     return Adapter(model, name)
 
 
-def _whole_modules(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of PEFT's modules_to_save, and patterns for those of its names that have some: PEFT compares the ends
-    of dotted names, also in the middle of a word."""
-    patterns = [rf"{re.escape(name)}$" for name in config.get("modules_to_save") or ()]
-    found: dict[str, Tensor] = {}
-    used: dict[str, None] = {}
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        for pattern in patterns:
-            if any(re.search(pattern, ".".join(parts[:size])) for size in range(1, len(parts))):
-                found[key] = tensor
-                used[pattern] = None
-    return found, tuple(used)
-
-
-def _check_whole(where: str, model: nn.Module, read: _Read, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        whole = tensors_in(model, trained_paths(model, read.found[0].cfg))
-        check_trainable(model, whole)
-    except LoraLiteError as error:
-        raise AdapterFileError(f"{where}: modules_to_save: {error}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in trained.items()}
-    if given != wanted:
-        raise AdapterFileError(f"{where}: modules_to_save holds {given}, this {type(model).__name__} has {wanted}")
-    return whole
-
-
-def _by_module(where: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    layers = dict(model.named_modules())
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        path = next((p for size in range(len(parts), 0, -1) if (p := ".".join(parts[:size])) in layers), "")
-        if not path or layer_sizes(layers[path]) is None:
-            raise AdapterFileError(f"{where}: {key} belongs to no linear layer of this {type(model).__name__}")
-        found.setdefault(path, {})[key[len(path) + 1 :]] = tensor
-    if not found:
-        raise AdapterFileError(f"{where} holds no tensor")
-    return {path: found[path] for path in layers if path in found}
-
-
-def _read_all(
-    where: str, model: nn.Module, config: dict[str, Any], modules: Mapping[str, dict[str, Tensor]]
-) -> list[_Read]:
-    variants = [get_variant(info.name) for info in list_variants(check=True) if info.state == "ok"]
-    readers = [variant for variant in variants if variant.from_peft is not None]
-    reads: dict[str, _Read] = {}
-    for path, tensors in modules.items():
-        layer = model.get_submodule(path)
-        own = {**config, **_own_patterns(config, path)}
-        for variant in readers:
-            assert variant.from_peft is not None
-            try:
-                made = variant.from_peft({"config": own, "tensors": tensors, "layer": layer})
-                if made is None:
-                    continue
-                target = located(path, layer, variant.Config(exclude_names=(), **made[0]), variant, "")
-                values = _checked(path, variant, target, made[1])
-            except LoraLiteError as error:
-                raise AdapterFileError(f"{where}: {path}: {error}") from error
-            except KeyError as error:
-                raise AdapterFileError(
-                    f"{where}: {path}: {error} is missing, in {CONFIG} or among its tensors {listed(tensors)}"
-                ) from error
-            read = reads.setdefault(variant.name, _Read(variant))
-            read.found.append(target)
-            read.values[path] = values
-            break
-        else:
-            raise AdapterFileError(
-                f"{where}: no installed variant reads peft_type {config['peft_type']!r} with {listed(tensors)}\n"
-                f"  variants that read PEFT's files: {listed((v.name for v in readers), 20)}"
-            )
-    return list(reads.values())
-
-
-def _own_patterns(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A module's own r and alpha, matched as PEFT does: the first pattern that ends its name."""
-    found: dict[str, Any] = {}
-    for key, pattern in PATTERNS.items():
-        for ending, value in (config.get(pattern) or {}).items():
-            if key not in found and re.match(rf"(.*\.)?({ending})$", path):
-                found[key] = value
-    return found
-
-
-def _checked(path: str, variant: Variant, target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    specs = specs_for(target)
-    wanted = {bare: spec.shape for bare, spec in specs.items() if spec.persistent}
-    given = {bare: tuple(tensor.shape) for bare, tensor in values.items()}
-    if given != wanted:
-        raise ConfigError(f"its tensors are {given} for {variant.name}, which needs {wanted}")
-    return values
+def _commonest(part: Part) -> AdapterConfig:
+    """The config that most of its layers have; the others become exceptions from it."""
+    written = [repr(target.cfg) for target in part.targets]
+    return part.targets[written.index(Counter(written).most_common(1)[0][0])].cfg

@@ -19,7 +19,8 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "LORA" or config.get("use_dora"):
         return None
-    if config.get("use_qalora") or config.get("lora_bias") or config.get("bias", "none") != "none":
-        raise ConfigError("use_qalora, lora_bias and bias are more than a low-rank product")
+    for name in ("use_qalora", "lora_bias", "bias"):
+        if config.get(name) not in (None, False, "none"):
+            raise ConfigError(f"{name}={config[name]!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
-    return fields, {key.replace(".weight", ""): tensor for key, tensor in tensors.items()}
+    return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}

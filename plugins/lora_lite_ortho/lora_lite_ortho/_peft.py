@@ -1,4 +1,4 @@
-"""How the methods of this package are written in PEFT's directories, and read: a pair for each."""
+"""How the methods of this package are written in PEFT's directories, and read: a pair for each; here IA3 and HRA."""
 
 from __future__ import annotations
 
@@ -37,19 +37,22 @@ def ia3_ff_to_peft(params: dict[str, Tensor]) -> Pair:
     return {"peft_type": "IA3", "feedforward_modules": "$target_modules"}, {"ia3_l": 1 + full(params["lora_g"])[None]}
 
 
-def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], side: int) -> Pair | None:
-    """PEFT writes gates of outputs as (d_out, 1) and those of inputs as (1, d_in): `side` is the one that is 1."""
-    if config["peft_type"] != "IA3" or tensors["ia3_l"].shape[side] != 1:
+def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], inputs: bool) -> Pair | None:
+    """PEFT writes gates of outputs as (d_out, 1) and those of inputs, in feedforward modules, as (1, d_in)."""
+    if config["peft_type"] != "IA3" or bool(config.get("feedforward_modules")) is not inputs:
         return None
-    return {}, {"lora_g": full(tensors["ia3_l"]).flatten() - 1}
+    gate = tensors["ia3_l"]
+    if gate.dim() != 2 or gate.shape[0 if inputs else 1] != 1:
+        raise ConfigError(f"ia3_l has the shape {tuple(gate.shape)}; feedforward_modules says {inputs} of this module")
+    return {}, {"lora_g": full(gate).flatten() - 1}
 
 
 def ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    return _ia3_from_peft(config, tensors, 1)
+    return _ia3_from_peft(config, tensors, inputs=False)
 
 
 def ia3_ff_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    return _ia3_from_peft(config, tensors, 0)
+    return _ia3_from_peft(config, tensors, inputs=True)
 
 
 def hra_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -61,34 +64,4 @@ def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | 
     if config["peft_type"] != "HRA":
         return None
     refuse(config, "apply_GS", "bias")
-    return {"r": config["r"]}, {"lora_U": tensors["hra_u"].T}
-
-
-def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
-    linear_only(layer, "OFT")
-    fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "use_cayley_neumann": False, "bias": "none"}
-    return fields, {"oft_R.weight": params["lora_q"]}
-
-
-def oft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    if config["peft_type"] != "OFT":
-        return None
-    if config.get("use_cayley_neumann", True):
-        raise ConfigError("use_cayley_neumann=True is a truncated series; this variant turns exactly, as False does")
-    refuse(config, "coft", "block_share", "bias")
-    pairs = tensors["oft_R.weight"].shape[1]  # b (b − 1) / 2
-    return {"block_size": round((1 + (1 + 8 * pairs) ** 0.5) / 2)}, {"lora_q": tensors["oft_R.weight"]}
-
-
-def road_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Linear) -> Pair:
-    linear_only(layer, "RoAd")
-    group = cfg.group_size or next(size for size in range(64, 0, -2) if layer.out_features % size == 0)
-    fields = {"peft_type": "ROAD", "variant": f"road_{cfg.mode}", "group_size": group}
-    return fields, {"road_theta": params["lora_theta"], "road_alpha": 1 + full(params["lora_alpha"])}
-
-
-def road_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    if config["peft_type"] != "ROAD":
-        return None
-    fields = {"mode": int(str(config["variant"]).rpartition("_")[2]), "group_size": config["group_size"]}
-    return fields, {"lora_theta": tensors["road_theta"], "lora_alpha": full(tensors["road_alpha"]) - 1}
+    return {"r": config["r"]}, {"lora_U": tensors["hra_u"].mT}

@@ -12,9 +12,8 @@ from lora_lite_core import ConfigError, MergeError, dense_weight
 from ._peft import Pair, full, linear_only, refuse
 
 
-def _row_norms(layer: nn.Module) -> Tensor:
-    weight = dense_weight(layer)
-    return torch.linalg.vector_norm(weight.to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
+def _norms(layer: nn.Module, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(full(dense_weight(layer)), dim=dim)
 
 
 def dora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -24,7 +23,7 @@ def dora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
         "r": cfg.r,
         "lora_alpha": cfg.r if cfg.alpha is None else cfg.alpha,
     }
-    magnitude = _row_norms(layer) * (1 + full(params["lora_m"]))
+    magnitude = _norms(layer, 1) * (1 + full(params["lora_m"]))
     factors = {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
     return {**fields, "rank_pattern": {}, "alpha_pattern": {}}, {**factors, "lora_magnitude_vector": magnitude}
 
@@ -34,10 +33,12 @@ def dora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn
         return None
     refuse(config, "lora_bias", "bias", "use_qalora")
     alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-    norms = _row_norms(layer)
+    norms = _norms(layer, 1)
     if not norms.all():
         raise ConfigError("a row of the base's weight is zero, and has no magnitude that could be scaled")
-    m = tensors["lora_magnitude_vector"].to(norms).flatten() / norms - 1
+    if (magnitude := tensors["lora_magnitude_vector"]).shape != norms.shape:
+        raise ConfigError(f"lora_magnitude_vector has the shape {tuple(magnitude.shape)}, not {tuple(norms.shape)}")
+    m = magnitude.to(norms) / norms - 1
     values = {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"], "lora_m": m}
     return {"r": config["r"], "alpha": alpha}, values
 
@@ -51,10 +52,13 @@ def delora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pai
     return fields, {**factors, "delora_lambda": cfg.lambda0 + full(params["lora_lambda"])}
 
 
-def delora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
+def delora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "DELORA":
         return None
     refuse(config, "bias")
+    norms, here = full(tensors["delora_w_norm"]), _norms(layer, 0)
+    if norms.shape != here.shape or not (norms.to(here) - here).norm() <= 0.01 * here.norm():
+        raise ConfigError("delora_w_norm does not hold the norms of this layer's columns: it belongs to another base")
     fields = {"r": config["r"], "lambda0": float(config["delora_lambda"]), "frozen_copy": False}
     values = {"lora_A": tensors["delora_A"], "lora_B": tensors["delora_B"]}
     return fields, {**values, "lora_lambda": full(tensors["delora_lambda"]).flatten() - fields["lambda0"]}

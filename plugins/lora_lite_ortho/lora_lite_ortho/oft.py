@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, cayley_offset, hookimpl, skew
 
-from . import _peft
+from . import _peft_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class OFTConfig(AdapterConfig):
 
 
 Config = OFTConfig
-to_peft, from_peft = hookimpl(_peft.oft_to_peft), hookimpl(_peft.oft_from_peft)
+to_peft, from_peft = hookimpl(_peft_turns.oft_to_peft), hookimpl(_peft_turns.oft_from_peft)
 
 
 @hookimpl

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
 
-from . import _peft
+from . import _peft_turns
 from ._gates import gated
 
 
@@ -47,7 +47,7 @@ class RoAdConfig(AdapterConfig):
 
 
 Config = RoAdConfig
-to_peft, from_peft = hookimpl(_peft.road_to_peft), hookimpl(_peft.road_from_peft)
+to_peft, from_peft = hookimpl(_peft_turns.road_to_peft), hookimpl(_peft_turns.road_from_peft)
 
 
 def _group(d_out: int, cfg: RoAdConfig) -> int:

@@ -1,0 +1,156 @@
+"""Which variant reads the layers of a folder, and what it makes of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attached.targeting import located
+from ...attached.tensors import specs_for
+from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
+from ...contract.target import Target
+from ...contract.text import normal, plain, told
+from ...contract.variant import Variant
+from ...discovery.entry_points import Entry
+from ...discovery.name_conflicts import FIRST_PARTY, state_of
+from ...discovery.registry import get_variant, registered, variant_entries
+from ...discovery.source_reading import read_source
+from .fields import CONFIG, Tracked, check_all_read, first_of, shown
+from .selection import Selection
+
+
+@dataclass
+class Part:
+    """What one variant makes of a folder: its targets, not called by the adapter's name yet, and their tensors."""
+
+    variant: Variant
+    targets: list[Target] = field(default_factory=list)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class Readers:
+    """The variants that have a from_peft, imported one after the other as they are asked: those of this project first,
+    then those registered by hand, then the others, which are not even looked at where one before has read all. A
+    package that cannot be imported is left out."""
+
+    def __init__(self, peft_type: str) -> None:
+        entries = variant_entries()
+        usable = [entry for entry in entries if state_of(entry, entries)[0] == "ok"]
+        ours = [entry for entry in usable if FIRST_PARTY.get(entry.name) == normal(entry.package.name)]
+        ours.sort(key=lambda entry: (entry.name != peft_type.lower(), entry.name))
+        others = sorted((entry for entry in usable if entry not in ours), key=lambda entry: entry.name)
+        self._waiting: list[Entry | Variant] = [*ours, *registered().values(), *others]
+        self._variants: list[Variant] = []
+        self.broken: list[str] = []
+
+    def __iter__(self) -> Iterator[Variant]:
+        yield from tuple(self._variants)
+        while self._waiting:
+            variant = self._next()
+            if variant is not None and variant.from_peft is not None:
+                self._variants.append(variant)
+                yield variant
+
+    def _next(self) -> Variant | None:
+        one = self._waiting.pop(0)
+        if isinstance(one, Variant):
+            return one
+        try:
+            return get_variant(one.name) if _may_read(one.value) else None
+        except Exception as error:  # what Python's parser raises, and of what is imported
+            self.broken.append(f"{plain(one.name)} ({plain(told(error).partition(chr(10))[0], 200)})")
+            return None
+
+
+def _may_read(module: str) -> bool:
+    """Whether the module's source binds from_peft, without importing it; of a compiled one that cannot be told."""
+    tree, size = read_source(module)
+    return not size or any("from_peft" in _bound(node) for node in ast.walk(tree))
+
+
+def _bound(node: ast.AST) -> tuple[str | None, ...]:
+    if isinstance(node, ast.FunctionDef):
+        return (node.name,)
+    if isinstance(node, ast.Name):
+        return (node.id,) if isinstance(node.ctx, ast.Store) else ()
+    return (node.asname or node.name,) if isinstance(node, ast.alias) else ()
+
+
+def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]]) -> list[Part]:
+    """Each layer's tensors, read by the first variant that knows them. Raises AdapterFileError."""
+    readers = Readers(selection.config["peft_type"])
+    parts: dict[str, Part] = {}
+    for path, tensors in layers.items():
+        config, layer = selection.own(path), selection.model.get_submodule(path)
+        failure: AdapterFileError | None = None
+        for variant in readers:
+            try:
+                made = _ask(variant, path, layer, Tracked(config), Tracked(tensors))
+            except AdapterFileError as error:
+                if FIRST_PARTY.get(variant.name) == normal(variant.distribution):
+                    raise
+                failure = failure or error  # of a stranger's variant: another may know better
+                continue
+            if made is not None:
+                part = parts.setdefault(variant.name, Part(variant))
+                part.targets.append(made[0])
+                part.values[path] = made[1]
+                break
+        else:
+            raise failure or _unread(path, config, tensors, readers)
+    return list(parts.values())
+
+
+def _ask(
+    variant: Variant, path: str, layer: nn.Module, config: Tracked[Any], tensors: Tracked[Tensor]
+) -> tuple[Target, dict[str, Tensor]] | None:
+    """The layer as this variant's target and its values, checked; None if the variant does not know such tensors."""
+    assert variant.from_peft is not None
+    try:
+        made = variant.from_peft({"config": config, "tensors": tensors, "layer": layer})
+        if made is None:
+            return None
+        fields, values = made
+        check_all_read(config, variant.name)
+        if ignored := [name for name in tensors if name not in tensors.read]:
+            raise ConfigError(f"{first_of(ignored)} is nothing that variant '{variant.name}' reads")
+        target = located(path, layer, variant.Config(exclude_names=(), **fields), variant, "")
+        return target, _checked(target, dict(values))
+    except LoraLiteError as error:
+        about = str(error).removeprefix(f"{path}: ")
+        raise AdapterFileError(f"{path}: {about}") from error
+    except KeyError as error:
+        raise AdapterFileError(
+            f"{path}: {error} is missing, in {CONFIG} or among its tensors {first_of(tensors)}"
+        ) from error
+    except Exception as error:  # values of a kind that nobody has thought of, or a mistake in the variant
+        raise AdapterFileError(
+            f"{path}: variant '{variant.name}' cannot read its fields and tensors {first_of(tensors)}: "
+            f"{plain(told(error))}"
+        ) from error
+
+
+def _checked(target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    name, specs = target.variant.name, specs_for(target)
+    wanted = {bare: spec.shape for bare, spec in specs.items() if spec.persistent}
+    given = {bare: tuple(tensor.shape) for bare, tensor in values.items()}
+    if given != wanted:
+        raise ConfigError(f"its tensors are {given} for {name}, which needs {wanted}")
+    for bare, value in values.items():
+        dtype = specs[bare].dtype or torch.float32
+        if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
+            raise ConfigError(f"{bare} is {value.dtype} for {name}, which needs {dtype}")
+    return values
+
+
+def _unread(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readers: Readers) -> AdapterFileError:
+    broken = f"\n  left out, because they cannot be imported: {listed(readers.broken)}" if readers.broken else ""
+    return AdapterFileError(
+        f"no installed variant reads peft_type {shown(config['peft_type'])} with {first_of(tensors)} ({path})\n"
+        f"  variants that read PEFT's files: {listed((variant.name for variant in readers), 20)}{broken}"
+    )
