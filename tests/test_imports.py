@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import lora_lite_core
 
@@ -65,6 +66,25 @@ model = torch.nn.Sequential(torch.nn.Linear(4, 4))
 ll.attach(model, ll.PiSSAConfig(r=2)); model(torch.zeros(1, 4)); ll.detach(model)
 """
     assert not loaded_by(code) & {"transformers", "bitsandbytes", "datasets", "peft", "accelerate", "rich"}
+
+
+PLAIN = """
+import sys, torch, lora_lite as ll
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+ll.attach(model, ll.LoRAConfig(r=2)).save({path!r}); ll.detach(model); ll.load(model, {path!r}); model(torch.zeros(1, 4))
+import json
+loaded = {{name: module.__file__ for name, module in sys.modules.items() if name.startswith("lora_lite_core")}}
+print(json.dumps(loaded))
+"""
+MOST_LINES = 4000  # 3,457 before files and packages of strangers were read by bounded readers (750 lines of these)
+
+
+def test_a_plain_attach_save_and_load_needs_a_small_part_of_the_core(tmp_path: Path) -> None:
+    loaded = json.loads(python(PLAIN.format(path=str(tmp_path / "a.safetensors"))))
+    others = ("weights", "testing", "cli", "files.peft", "discovery.listing", "discovery.source")
+    assert not [name for name in loaded if name.removeprefix("lora_lite_core.").startswith(others)]
+    lines = {name: len(Path(file).read_text(encoding="utf-8").splitlines()) for name, file in loaded.items()}
+    assert sum(lines.values()) <= MOST_LINES, dict(sorted(lines.items(), key=lambda item: -item[1]))
 
 
 def test_importing_the_core_costs_next_to_nothing() -> None:
