@@ -372,10 +372,7 @@ def half_rearranged() -> Any:
     return model
 
 
-@pytest.mark.parametrize("function", [keep_unpacked, ll.prepare])
-def test_an_interrupt_leaves_it_as_before_or_done(
-    function: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_prepare_leaves_it_as_before_or_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(four_bit_packing, "_check_around", lambda model: None)  # slow, and touches nothing
     expected = [dense(make(sizes=sizes)) for sizes in ((64, 128), (128, 64), (64, 96))]
     line, outcomes = 0, set()
@@ -383,7 +380,7 @@ def test_an_interrupt_leaves_it_as_before_or_done(
         line += 1
         model = half_rearranged()
         before = snapshot(model)
-        if not interrupted_at(line, functools.partial(function, model)):
+        if not interrupted_at(line, functools.partial(ll.prepare, model)):
             break
         if snapshot(model) == before:
             outcomes.add("before")
