@@ -163,6 +163,8 @@ def _check_around(model: nn.Module) -> None:
     if library is None or not library.has_avx512bf16() or not any(p.is_cpu for p in model.parameters()):
         return
     inside = {id(module) for module in model.modules()}
+    if not any(True for _ in _four_bit_layers(model)) and not _any_alive(library.Linear4bit):
+        return
     for root in _enclosing(model):
         outside = [(name, layer) for name, layer in _four_bit_layers(root) if id(layer) not in inside]
         if found := [name for name, layer in outside if layer.weight.is_cpu and _packs(layer)]:
@@ -172,6 +174,23 @@ def _check_around(model: nn.Module) -> None:
                 "(AVX512-BF16) rearranges: what is trained before them would get wrong gradients; call ll.prepare with "
                 f"the {type(root).__name__} first, or attach to it"
             )
+
+
+_counts: dict[type, int] = {}  # references to a class when there was no object of it
+
+
+def _any_alive(kind: type) -> bool:
+    """Whether there is an object of this class, or of one derived from it. A search among all objects takes some
+    hundredths of a second; while nobody has taken a new reference to the classes, there is no new object either."""
+    kinds = {kind}
+    while more := {one for known in kinds for one in known.__subclasses__()} - kinds:
+        kinds |= more
+    counted = getattr(sys, "_is_gil_enabled", lambda: True)()  # without it, references to classes are not counted
+    if counted and all(sys.getrefcount(one) == _counts.get(one) for one in kinds):
+        return False
+    alive = not kinds.isdisjoint(map(type, gc.get_objects()))
+    _counts.update({one: -1 if alive else sys.getrefcount(one) for one in kinds})
+    return alive
 
 
 def _enclosing(model: nn.Module) -> list[nn.Module]:
