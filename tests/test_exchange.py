@@ -12,7 +12,7 @@ import torch
 
 import lora_lite as ll
 
-from .test_export import gpt2, llama, logits, moved, opened_by_peft
+from .test_export import Mixed, checked_with_peft, gpt2, llama, logits, mixed_outputs, moved, opened_by_peft
 from .test_variants import config
 
 peft = pytest.importorskip("peft")
@@ -341,6 +341,40 @@ def test_a_failed_second_half_takes_the_first_off(tmp_path: Path, monkeypatch: p
     assert not ll.adapters(base)
     assert all(p.requires_grad for p in base.parameters())
     assert "_lora_lite_adapters" not in vars(base)
+
+
+BOTH_WAYS = {
+    "lora": lambda: peft.LoraConfig(r=2, target_modules=["first", "second", "third"], init_lora_weights=False),
+    "dora": lambda: peft.LoraConfig(
+        r=2, use_dora=True, target_modules=["first", "second", "third"], init_lora_weights=False
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["first", "second", "third"], feedforward_modules=[], init_ia3_weights=False
+    ),
+    "ia3_ff": lambda: peft.IA3Config(
+        target_modules=["first", "second", "third"],
+        feedforward_modules=["first", "second", "third"],
+        init_ia3_weights=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_layers_stored_both_ways(name: str, tmp_path: Path) -> None:
+    """Linear and Conv1D in one adapter: peft corrects fan_in_fan_out for each layer, here it is not needed."""
+    base = Mixed()
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(copy.deepcopy(base), BOTH_WAYS[name]()).eval()
+    for key, p in theirs.named_parameters():
+        if p.requires_grad:
+            p.data.copy_((1 if "ia3" in key else 0) + 0.2 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = mixed_outputs(theirs)
+    model = copy.deepcopy(base)
+    ll.import_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(mixed_outputs(model), expected, rtol=1e-4, atol=1e-5)
+    ll.export_peft(model, tmp_path / "ours")
+    checked_with_peft(base, tmp_path / "ours", expected)
 
 
 def without(folder: Path, *parts: str) -> Path:

@@ -155,6 +155,12 @@ def test_mistakes(tmp_path: Path) -> None:
         ll.export_lora(model, tmp_path / "no/where")
     with pytest.raises(ll.ConfigError, match="rank=0: a rank is a whole number from 1"):
         ll.export_lora(model, tmp_path / "out", rank=0)
+    for rank in (True, 2.5, "4", -1):
+        with pytest.raises(ll.ConfigError, match="a rank is a whole number from 1"):
+            ll.export_lora(model, tmp_path / "out", rank=rank)  # type: ignore[arg-type]
+    for tol in (float("nan"), -1.0, "x", None, True):
+        with pytest.raises(ll.ConfigError, match="tol=.*: the largest relative error is a number from 0"):
+            ll.export_lora(model, tmp_path / "out", tol=tol)  # type: ignore[arg-type]
     with pytest.raises(ll.MergeError, match="dtype='int8': an exported adapter is float32, float16 or bfloat16"):
         ll.export_lora(model, tmp_path / "out", dtype="int8")
     with pytest.raises(ll.AdapterNameError, match="no adapter is called 'x'"):
@@ -178,3 +184,46 @@ def test_small_layers_keep_the_rank_that_they_were_given(tmp_path: Path) -> None
     moved(model, ll.LoRAConfig(r=16, target_names=("q_proj", "k_proj")))
     assert ll.export_lora(model, tmp_path / "out").rank == 16
     torch.testing.assert_close(opened_by_peft(base, tmp_path / "out"), logits(model), rtol=1e-4, atol=2e-5)
+
+
+def test_factors_that_overflow(tmp_path: Path) -> None:
+    model = llama()
+    moved(model, ll.LoRAConfig(r=2, alpha=1e12, target_names=("q_proj",)))
+    with pytest.raises(ll.MergeError, match="q_proj do not fit torch.float16: they overflow; give dtype='float32'"):
+        ll.export_lora(model, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+class Mixed(nn.Module):
+    """Layers that are stored both ways, as in models that were put together of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(16, 24), Conv1D(16, 24), nn.Linear(16, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x).tanh()).tanh())
+
+
+def mixed_outputs(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.randn(5, 16, generator=torch.Generator().manual_seed(5)))
+
+
+def checked_with_peft(base: nn.Module, folder: Path, expected: torch.Tensor) -> None:
+    """Opened by peft, and merged by it into the weights, which is where a transposed layer would show."""
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    torch.testing.assert_close(mixed_outputs(opened), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed_outputs(opened.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "hra"])
+def test_layers_stored_both_ways(name: str, tmp_path: Path) -> None:
+    base = Mixed()
+    model = copy.deepcopy(base)
+    moved(model, config(name, r=4))
+    ll.export_lora(model, tmp_path / "out")
+    checked_with_peft(base, tmp_path / "out", mixed_outputs(model))

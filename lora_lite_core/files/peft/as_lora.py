@@ -14,7 +14,8 @@ from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
 from ...weights.probing import adapted_map, adapters_alone
-from .folder import dtype_of, layout_fields, refuse_whole_modules, write_directory
+from .folder_writing import checked_folder, write_folder
+from .layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -53,15 +54,19 @@ def export_lora(
 
     ΔW is what the adapter adds to the layer's weight, found by probing, in float64. All layers get one rank, smaller
     ones are padded with zeros; the scale is folded in (lora_alpha = r). The model is not changed. Raises MergeError
-    when the change is not affine, shifts the bias, or has full rank while no rank is given (with the error of some).
+    when the change is not affine, shifts the bias, overflows, or has full rank while no rank is given (with the error
+    of some), AdapterFileError where the folder cannot be written: then it is as before.
     """
-    if rank is not None and (isinstance(rank, bool) or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
+        raise ConfigError(f"tol={tol!r}: the largest relative error is a number from 0")
     cast = dtype_of(dtype)
     record = record_of(model, name)
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
     refuse_whole_modules(record)
+    result = LoRAExport(checked_folder(directory), 0)
     targets = targets_of(model, name)
     fields = layout_fields(model, targets)
     parts = {path: _change(model, path, name, tol) for path in targets}
@@ -70,17 +75,20 @@ def export_lora(
         own = {path: getattr(target.cfg, "r", 0) for path, target in targets.items()}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
     tensors: dict[str, Tensor] = {}
-    result = LoRAExport(Path(directory), size)
+    result.rank = size
     for path, (U, S, Vh) in parts.items():
         root = S[:size].sqrt()
         A, B = (root[:, None] * Vh[:size]).to(cast), (U[:, :size] * root).to(cast)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise MergeError(f"the factors of {path} do not fit {cast}: they overflow; give dtype='float32'")
         off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
         result.errors[path] = float(off / S.norm()) if S.any() else 0.0
         pad = size - len(A)
         tensors[f"{path}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, pad))
         tensors[f"{path}.lora_B.weight"] = nn.functional.pad(B, (0, pad))
     fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
-    write_directory(directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
+    check_read_back(model, fields, {path: {"r": size, "lora_alpha": size} for path in parts})
+    write_folder(result.directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
     return result
 
 
@@ -94,7 +102,7 @@ def load_base(base: str) -> nn.Module:
         config: Any = transformers.AutoConfig.from_pretrained(base)
         kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         model, report = kind.from_pretrained(base, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever transformers, and what it uses, make of a folder
         raise ModelStateError(f"--base {base} cannot be loaded by transformers: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelStateError(f"--base {base} lacks {listed(missing, 4)}, which would be random; give the whole model")

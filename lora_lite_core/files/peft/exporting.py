@@ -16,17 +16,19 @@ from ...attached.records import check_outside, record_of, targets_of
 from ...attached.train_modules import current, outermost
 from ...contract.errors import MergeError
 from ...weights.probing import adapters_alone, check_usable
-from .folder import check_endings, layout_fields, write_directory
+from .fields import PER_LAYER
+from .folder_writing import checked_folder, write_folder
+from .layout import check_endings, check_read_back, layout_fields
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # fields that may differ between modules
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> None:
     """Write the adapter in the format that PEFT itself has for the method (DoRA, IA3, HRA, OFT …), for PEFT to load.
 
     The model is not changed; the folder's parent must exist. Raises MergeError where PEFT has no such method or not
-    this form of it (`export_lora` writes any low-rank adapter as a LoRA), and AdapterNameError.
+    this form of it (`export_lora` writes any low-rank adapter as a LoRA), AdapterNameError, ModelStateError, and
+    AdapterFileError where the folder cannot be written: then it is as before.
     """
     record = record_of(model, name)
     if record.variant.to_peft is None:
@@ -36,6 +38,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         )
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
+    folder = checked_folder(directory)
     targets = targets_of(model, name)
     layout = layout_fields(model, targets)
     fields: dict[str, dict[str, Any]] = {}
@@ -52,18 +55,20 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         config["modules_to_save"] = whole
         check_endings(model, whole, "modules_to_save")
         tensors |= current(model, record)
-    write_directory(directory, model, config, tensors)
+    own = {path: {key: made[key] for key in PER_LAYER if key in made} for path, made in fields.items()}
+    check_read_back(model, config, own)
+    write_folder(folder, model, config, tensors)
 
 
 def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict[str, Any]:
     """One config of the modules' own: the commonest rank and alpha, the others as patterns."""
     first = dict(next(iter(fields.values())))
-    for key, pattern in PATTERNS.items():
+    for key, pattern in PER_LAYER.items():
         if pattern in first:
             first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
             first[pattern] = {f"^{re.escape(path)}": own[key] for path, own in fields.items() if own[key] != first[key]}
-    free = {key for key, pattern in PATTERNS.items() if pattern in first}
+    free = {key for key, pattern in PER_LAYER.items() if pattern in first}
     for path, own in fields.items():
-        if differing := [key for key in own if key not in (*free, *PATTERNS.values()) and own[key] != first[key]]:
+        if differing := [key for key in own if key not in (*free, *PER_LAYER.values()) and own[key] != first[key]]:
             raise MergeError(f"{path} has {differing[0]}={own[differing[0]]!r}, and PEFT has one for all modules")
     return {key: targets if value == TARGETS else value for key, value in first.items()}
