@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.files.peft.fields import IGNORED, KINDS, REFUSED
+from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP = "[" * 200_000

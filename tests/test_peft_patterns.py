@@ -9,7 +9,7 @@ import time
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.files.peft.patterns import Patterns
+from lora_lite_core.files.peft.config_json.patterns import Patterns
 
 NAMES = [
     "model",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.files.peft.fields import IGNORED, KINDS, REFUSED
-from lora_lite_core.files.peft.selection import Selection
+from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED
+from lora_lite_core.files.peft.config_json.selection import Selection
 
 from .test_export import gpt2, llama
 

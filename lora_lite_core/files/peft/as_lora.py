@@ -14,8 +14,8 @@ from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
 from ...weights.probing import adapted_map, adapters_alone
+from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 from .folder_writing import checked_folder, write_folder
-from .layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
 

@@ -16,9 +16,9 @@ from ...attached.records import check_outside, record_of, targets_of
 from ...attached.train_modules import current, outermost
 from ...contract.errors import MergeError
 from ...weights.probing import adapters_alone, check_usable
-from .fields import PER_LAYER
+from .config_json.fields import PER_LAYER
+from .config_json.layout import check_endings, check_read_back, layout_fields
 from .folder_writing import checked_folder, write_folder
-from .layout import check_endings, check_read_back, layout_fields
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 

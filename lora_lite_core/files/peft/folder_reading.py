@@ -14,7 +14,7 @@ from ...contract.text import plain
 from ...contract.untrusted_input import open_regular, parse_json
 from ...layers.layer_kinds import layer_sizes
 from ..safetensors_reading import TensorFile, open_tensors
-from .fields import CONFIG, first_of
+from .config_json.fields import CONFIG, first_of
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

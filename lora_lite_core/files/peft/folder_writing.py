@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...contract.errors import AdapterFileError, MergeError
 from ..safetensors_writing import write_tensors, write_whole
-from .fields import CONFIG
+from .config_json.fields import CONFIG
 from .folder_reading import PREFIX, WEIGHTS
 
 try:

@@ -25,10 +25,10 @@ from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
 from ...contract.text import plain
 from ...layers.layer_kinds import layer_device, layer_sizes
 from ..train_modules import exact_patterns
-from .fields import check_fields, first_of
+from .config_json.fields import check_fields, first_of
+from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
 from .readers import Part, read_parts
-from .selection import Selection, check_complete
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 

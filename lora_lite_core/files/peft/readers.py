@@ -20,8 +20,8 @@ from ...discovery.entry_points import Entry
 from ...discovery.name_conflicts import FIRST_PARTY, state_of
 from ...discovery.registry import get_variant, registered, variant_entries
 from ...discovery.source_reading import read_source
-from .fields import CONFIG, Tracked, check_all_read, first_of, shown
-from .selection import Selection
+from .config_json.fields import CONFIG, Tracked, check_all_read, first_of, shown
+from .config_json.selection import Selection
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...attached.records import Record
-from ...contract.errors import AdapterFileError, MergeError, listed
-from ...contract.target import Target
-from ...layers.layer_kinds import is_conv1d
+from ....attached.records import Record
+from ....contract.errors import AdapterFileError, MergeError, listed
+from ....contract.target import Target
+from ....layers.layer_kinds import is_conv1d
 from .selection import Selection, endings
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ...contract.errors import AdapterFileError
+from ....contract.errors import AdapterFileError
 from .fields import PER_LAYER, first_of, named
 from .patterns import Patterns
 

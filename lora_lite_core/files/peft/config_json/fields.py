@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...contract.errors import AdapterFileError
-from ...contract.text import plain
+from ....contract.errors import AdapterFileError
+from ....contract.text import plain
 
 if TYPE_CHECKING:
     from _collections_abc import dict_items, dict_values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ...contract.errors import AdapterFileError
+from ....contract.errors import AdapterFileError
 from .fields import shown
 from .pattern_graph import Graph, PatternRefused
 
