@@ -135,7 +135,8 @@ class Bench:
         try:
             found = state(model, known, self.folder)
         except Exception as failed:
-            return f"not even a model: {type(failed).__name__}: {failed}"
+            left = [key for key, value in process().items() if value != self.before[key]]
+            return f"not even a model: {', '.join(left)} {type(failed).__name__}: {failed}"
         allowed = ["before"] if self.case.stays else ["before", "after"]
         if all(found != getattr(self, label) for label in allowed):
             far = [(label, differences(found, getattr(self, label))) for label in allowed]

@@ -6,6 +6,7 @@ Nothing here depends on chance: one thread stops before every line that it runs,
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,12 @@ def thread() -> Iterator[Thread]:
     thread = Thread()
     yield thread
     thread.end()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without searches of the heap for what holds the model (a compiled one, an enclosing one): here nothing does."""
+    monkeypatch.setattr(gc, "get_referrers", lambda *_: [])
 
 
 @torch.no_grad()
