@@ -70,7 +70,7 @@ def toy() -> SimpleNamespace:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of sys.path to install packages in; what is imported of them is forgotten after the test."""
-    from lora_lite_core.contract.checked import forget
+    from lora_lite_core.contract.variant_validation import forget
     from lora_lite_core.discovery import registry
 
     monkeypatch.syspath_prepend(str(tmp_path))

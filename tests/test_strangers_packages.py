@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite_core.cli import commands as cli
-from lora_lite_core.discovery import listing, packages, registry
+from lora_lite_core.discovery import entry_points, listing, registry
 
 from . import hostile_packages as hostile
 from .hostile_files import at_once, safe
@@ -110,7 +110,7 @@ def test_a_finder_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         yield from ()
         raise ValueError("\x1b[2J")
 
-    monkeypatch.setattr(packages, "distributions", broken)
+    monkeypatch.setattr(entry_points, "distributions", broken)
     (info,) = ll.list_variants()
     assert info.detail == "installed packages cannot be listed to the end: ValueError: \\x1b[2J"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..contract.errors import BrokenPlugin, ModelStateError, UnsupportedLayer
 from ..contract.target import Target
@@ -52,23 +53,31 @@ def remove_target(layer: nn.Module, adapter: str) -> None:
 
 
 def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
-    """One pre-hook and one forward hook at most, and none that no adapter on the layer uses."""
+    """One pre-hook and one forward hook at most, and none that no adapter on the layer uses. Other threads may run the
+    layer meanwhile: a hook appears in one step, when all that it needs is there, and is gone before that is."""
     state = state_of(layer)
-    handles = dict(state.handles) if state else {}
-    if any(target.variant.forward_input for target in targets):
-        if "input" not in handles:
-            handles["input"] = layer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    elif "input" in handles:
-        handles.pop("input").remove()
-    if any(target.variant.forward for target in targets):
-        if "output" not in handles:
-            handles["output"] = layer.register_forward_hook(after_forward, with_kwargs=True)
-    elif "output" in handles:
-        handles.pop("output").remove()
-    if targets:
-        setattr(layer, STATE, LayerState(state.x_name if state else input_name(layer), targets, handles))
-    else:
+    handles, new = dict(state.handles) if state else {}, {}
+    for side, (held, with_kwargs, hook) in _sides(layer).items():
+        wanted = any(getattr(target.variant, hook) for target in targets)
+        if wanted and side not in handles:
+            handles[side] = new[side] = RemovableHandle(held, extra_dict=with_kwargs)
+            with_kwargs[handles[side].id] = True
+        elif not wanted and side in handles:
+            handles.pop(side).remove()
+    if not targets:
         delattr(layer, STATE)
+        return
+    setattr(layer, STATE, LayerState(state.x_name if state else input_name(layer), targets, handles))
+    for side, handle in new.items():
+        _sides(layer)[side][0][handle.id] = before_forward if side == "input" else after_forward
+
+
+def _sides(layer: nn.Module) -> dict[str, tuple[Any, Any, str]]:
+    """Torch's hooks of a layer, those of them that get keyword arguments, and the hook of a variant that they serve."""
+    return {
+        "input": (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, "forward_input"),
+        "output": (layer._forward_hooks, layer._forward_hooks_with_kwargs, "forward"),
+    }
 
 
 def hook_in_between(layer: nn.Module) -> str:
@@ -86,8 +95,10 @@ def hook_in_between(layer: nn.Module) -> str:
     return ""
 
 
-def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    state: LayerState = getattr(layer, STATE)
+def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    state = state_of(layer)
+    if state is None or kwargs is None:  # taken off by another thread during this call
+        return None
     x = args[0] if args else kwargs[state.x_name]
     for target in state.targets:
         if target.enabled and target.variant.forward_input is not None:
@@ -95,8 +106,10 @@ def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, state.x_name: x})
 
 
-def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-    state: LayerState = getattr(layer, STATE)
+def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any = None) -> Any:
+    state = state_of(layer)
+    if state is None or not isinstance(kwargs, dict):  # taken off by another thread during this call
+        return None
     x = args[0] if args else kwargs[state.x_name]
     if not isinstance(y, Tensor):
         raise UnsupportedLayer(
