@@ -77,7 +77,7 @@ def counts(output: str) -> dict[str, int]:
 
 def run(way: Way, files: list[str]) -> bool:
     """Run pytest that way, print its row and what failed; whether all passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *way.options(), *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *way.options(), *files]
     start = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **way.environment}, capture_output=True, text=True, check=False
