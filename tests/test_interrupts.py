@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import importlib_metadata
 import pytest
+from importlib_metadata import Distribution
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -131,8 +131,6 @@ CASES: dict[str, Case] = {
     "attach, on meta": attaching(lambda: base().to("meta"), LORA),
     "initialize": starting(on_meta, initialize, further=detach()),
     "load": loading(LORA),
-    "load, 4 bit": loading(LORA, quantised),
-    "load, in place of one on meta": loading(LORA, on_meta),
     "detach, the first of two": starting(with_two, detach("other"), further=detach(None)),
     "detach, the last of two": starting(with_two, detach("style")),
     "detach, the only one": starting(with_style, detach("style")),
@@ -143,13 +141,13 @@ CASES: dict[str, Case] = {
     "disabled, all": inside(ll.disabled, None, with_two),
     "disabled, train_modules": inside(ll.disabled, None, with_style, WHOLE),
     "merged": inside(ll.merged, "style", with_style),
-    "merged, train_modules": inside(ll.merged, None, with_style, WHOLE),
     "merge": starting(with_style, merge()),
     "save": saving(LORA),
     "save, a new file": saving(LORA, over=False),
     "save, train_modules": saving(WHOLE),
     "import_peft": importing(LORA),
 }
+FAST = ("attach", "load", "detach, the last of two", "disabled, one", "disabled, train_modules", "save", "initialize")
 SLOW: dict[str, Case] = {
     "attach, pissa": attaching(base, PISSA),
     "attach, eva": attaching(base, ll.EVAConfig(r=2, target_names=TARGETS), calibration_data=[X.repeat(8, 1)]),
@@ -160,6 +158,9 @@ SLOW: dict[str, Case] = {
     "load, frozen": loading(LORA, trainable=False),
     "merge, train_modules": starting(with_style, merge(), WHOLE),
     "merge, to_dense": starting(with_style, merge(to_dense=True), LORA, quantised),
+    "load, 4 bit": loading(LORA, quantised),
+    "load, in place of one on meta": loading(LORA, on_meta),
+    "merged, train_modules": inside(ll.merged, None, with_style, WHOLE),
     "load, train_modules": loading(WHOLE),
     "load, beside another": loading(LORA, lambda: trained(base(), ("other", OTHER))),
     "merged, two": inside(ll.merged, None, with_two),
@@ -175,9 +176,6 @@ SLOW: dict[str, Case] = {
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # left at the end of a with-block: Python closes it
-FAST = ("attach", "load", "detach, the last of two", "disabled, one", "disabled, train_modules", "save", "initialize")
-
-
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in {**CASES, **SLOW}]
 )
@@ -188,7 +186,8 @@ def test_an_interrupted_operation_has_happened_or_not(
     for what holds the model (a compiled one, an enclosing one: here nothing does)."""
     if name.startswith("import_peft"):
         package = "lora-lite-ortho" if name.endswith("dora") else "lora-lite-lora"
-        found = [one for one in importlib_metadata.distributions() if one.name == package]
-        monkeypatch.setattr(importlib_metadata, "distributions", lambda **_: found)
+        discover = Distribution.discover
+        found = [one for one in discover() if one.name == package]
+        monkeypatch.setattr(Distribution, "discover", lambda **given: discover(**given) if given else found)
     monkeypatch.setattr(gc, "get_referrers", lambda *_: [])
     check({**CASES, **SLOW}[name], tmp_path)
