@@ -79,7 +79,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(
-        safetensors_writing, "_temporary", lambda target: (target.with_name("t"), os.open("/dev/full", os.O_RDWR))
+        safetensors_writing, "_temporary", lambda target, _: (target.with_name("t"), os.open("/dev/full", os.O_RDWR))
     )
     assert "cannot be written: No space left on device" in refusal(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"

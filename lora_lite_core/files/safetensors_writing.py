@@ -106,8 +106,9 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _replace(target: Path, parts: Iterable[Part]) -> None:
-    temporary, descriptor = _temporary(target)
+    made: list[Path] = []
     try:
+        temporary, descriptor = _temporary(target, made)
         with os.fdopen(descriptor, "wb") as stream:
             for part in parts:
                 stream.write(part)
@@ -118,18 +119,22 @@ def _replace(target: Path, parts: Iterable[Part]) -> None:
         if fcntl is None:
             os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in made:
+            path.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
 
 
-def _temporary(target: Path) -> tuple[Path, int]:
-    """A new file beside the target, with ordinary permissions and locked for as long as it is open."""
+def _temporary(target: Path, made: list[Path]) -> tuple[Path, int]:
+    """A new file beside the target, with ordinary permissions and locked for as long as it is open. Its path is in
+    `made` before it is there."""
     for _ in range(100):
         path = target.with_name(f"{_stem(target)}{secrets.token_hex(4)}.tmp")
+        made[:] = [path]
         try:
             descriptor = os.open(path, _NEW, 0o666)
         except FileExistsError:
+            made.clear()
             continue
         if _lock(descriptor) and os.fstat(descriptor).st_nlink:
             return path, descriptor
