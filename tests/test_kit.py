@@ -430,7 +430,7 @@ def test_what_is_random_is_not_called_a_nonlinearity(registered: Any) -> None:
     namespace.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) * (1 + 0.01 * torch.randn(())))
     registered(namespace, name="wrong")
     (result,) = run_checks(WrongConfig(), only=["affine_as_declared"])
-    assert "two calls on the same rows differ, so that it is no function of them" in result.message
+    assert "two calls on the same rows differ, so that it is not one function of them" in result.message
     assert (
         "to mend: take what is random out of forward first; for a nonlinearity declare AFFINE = False" in result.message
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,13 +24,27 @@ def processor_time(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def test_attaching_is_faster_than_get_peft_model() -> None:
-    peft = pytest.importorskip("peft")
+def measure() -> None:
+    import peft
+
     names = [str(i) for i in range(200)]
     theirs = peft.LoraConfig(r=8, lora_alpha=8, target_modules=names)
     ours_s, theirs_s = [], []
-    for _ in range(5):
+    for _ in range(7):
         first, second = model_of_200_layers(), model_of_200_layers()
         ours_s.append(processor_time(lambda m=first: ll.attach(m, ll.LoRAConfig(r=8))))
         theirs_s.append(processor_time(lambda m=second: peft.get_peft_model(m, theirs)))
-    assert statistics.median(ours_s) < statistics.median(theirs_s)
+    print(statistics.median(ours_s), statistics.median(theirs_s))  # noqa: T201
+
+
+def test_attaching_is_faster_than_get_peft_model() -> None:
+    """In a process of its own: what other tests have left alive (4-bit layers) is looked for at every attach."""
+    pytest.importorskip("peft")
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = map(float, done.stdout.split()[-2:])
+    assert ours < theirs
+
+
+if __name__ == "__main__":
+    measure()
