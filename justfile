@@ -17,9 +17,13 @@ test *arguments:
 packaging:
     uv run pytest -m packaging
 
-# trains every variant for a while, interrupts long operations at every line: minutes
+# trains every variant for a while: minutes
 slow:
     uv run pytest -m slow
+
+# interrupts and overtakes the long operations at every line: many minutes, not part of .ci/run
+exhaustive:
+    uv run pytest -m exhaustive
 
 # the tests as on other processors: in all ways, those that some processor has failed; --all is the whole suite
 processors *arguments:

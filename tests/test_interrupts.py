@@ -177,7 +177,7 @@ SLOW: dict[str, Case] = {
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # left at the end of a with-block: Python closes it
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in {**CASES, **SLOW}]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.exhaustive) for name in {**CASES, **SLOW}]
 )
 def test_an_interrupted_operation_has_happened_or_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -173,7 +173,7 @@ def test_whatever_an_operation_is_at_the_base_is_served(name: str, thread: Threa
 MEANWHILE = [name for name in SERVED if name not in ("save", "merge elsewhere", "coverage", "attach, check_inputs")]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MEANWHILE)
 def test_a_forward_pass_that_an_operation_overtakes(name: str, thread: Thread, tmp_path: Path) -> None:
     """Before every line of a forward pass, in torch's code and ours, another thread does the whole operation."""
