@@ -78,6 +78,10 @@ def test_a_quantised_base_is_known_again_whatever_its_other_tensors_are_in(kind:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_from_quantised_to_dense(kind: str, tmp_path: Any) -> None:
+    from .test_twins import int8_saturates
+
+    if kind == "int8" and int8_saturates():
+        pytest.skip("the int8 product of this oneDNN saturates")
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(64, 64))
     model = nn.Sequential(layer(kind))
