@@ -95,6 +95,8 @@ from .toolbox.calibration import calibration_batches as calibration_batches
 from .toolbox.calibration import run_batch as run_batch
 from .toolbox.coverage import Coverage as Coverage
 from .toolbox.coverage import coverage as coverage
+from .toolbox.dropout import DropoutConfig as DropoutConfig
+from .toolbox.dropout import dropped as dropped
 from .toolbox.lowrank import lowrank_delta as lowrank_delta
 from .toolbox.optimizer_groups import param_groups as param_groups
 from .toolbox.rotations import cayley_offset as cayley_offset

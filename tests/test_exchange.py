@@ -407,21 +407,26 @@ def test_a_head_that_is_lost(tmp_path: Path) -> None:
 
 
 def test_dropout(tmp_path: Path) -> None:
-    """It changes nothing but training, and that is refused."""
+    """It is read where the method has it, and refused for training on where it has not."""
     base = llama()
     cfg = peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=False, lora_dropout=0.05)
     expected = saved_by_peft(base, cfg, tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    adapter = ll.import_peft(model, tmp_path / "theirs")
+    assert {target.cfg.dropout for target in adapter.layers().values()} == {0.05}
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+    oft = peft.OFTConfig(
+        r=0, oft_block_size=8, target_modules=LINEAR, init_weights=False, module_dropout=0.1, use_cayley_neumann=False
+    )
+    expected = saved_by_peft(base, oft, tmp_path / "oft")
     with pytest.raises(
         ll.AdapterFileError,
-        match=r"lora_dropout=0.05 in adapter_config.json: there is no dropout here; type import_peft\(…, trainable=False\) "
-        r"to run the adapter, which dropout does not change, or set it to 0 in adapter_config.json to train on without",
+        match=r"module_dropout=0.1 in adapter_config.json: variant 'oft' has no dropout; type import_peft\(…, trainable="
+        r"False\) to run the adapter, which dropout does not change, or set it to 0 in adapter_config.json to train on wi",
     ):
-        ll.import_peft(base, tmp_path / "theirs")
+        ll.import_peft(base, tmp_path / "oft")
     assert not ll.adapters(base)
-    model = copy.deepcopy(base)
-    ll.import_peft(model, tmp_path / "theirs", trainable=False)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
-    ll.import_peft(base, edited(tmp_path / "theirs", lora_dropout=0))
+    ll.import_peft(base, tmp_path / "oft", trainable=False)
     torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=2e-5)
 
 

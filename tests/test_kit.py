@@ -121,6 +121,26 @@ def keeps_state_on_the_layer(v: types.SimpleNamespace) -> None:
     v.forward = ll.hookimpl(forward)
 
 
+@caught_by("training_mode")
+def draws_from_a_generator_of_its_own(v: types.SimpleNamespace) -> None:
+    own = torch.Generator().manual_seed(0)
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], training: bool) -> Tensor:
+        change = delta(x, params).to(y.dtype)
+        return y + change * torch.rand(change.shape, generator=own) if training else y + change
+
+    v.forward = ll.hookimpl(forward)
+
+
+@caught_by("training_mode")
+def another_dtype_in_training(v: types.SimpleNamespace) -> None:
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], training: bool) -> Tensor:
+        change = delta(x, params)
+        return y + (change * torch.rand(change.shape[-1], dtype=torch.float64) if training else change.to(y.dtype))
+
+    v.forward = ll.hookimpl(forward)
+
+
 @caught_by("inputs_are_not_written")
 def writes_its_input(v: types.SimpleNamespace) -> None:
     def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -434,6 +454,15 @@ def test_what_is_random_is_not_called_a_nonlinearity(registered: Any) -> None:
     assert (
         "to mend: take what is random out of forward first; for a nonlinearity declare AFFINE = False" in result.message
     )
+
+
+def test_a_variant_that_asks_for_training_may_draw_then(registered: Any) -> None:
+    namespace = right()
+    namespace.forward = ll.hookimpl(
+        lambda x, y, params, training: y + delta(F.dropout(x, 0.3, training), params).to(y.dtype)
+    )
+    registered(namespace, name="wrong")
+    assert [r.message for r in run_checks(WrongConfig()) if not r.ok] == []
 
 
 def test_the_right_one_passes(registered: Any) -> None:

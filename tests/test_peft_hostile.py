@@ -291,7 +291,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "peft_type is unknown": ("lora", fields(peft_type="VERA"), "no installed variant reads peft_type 'VERA' with lora_A.wei"),
     "peft_type is long": ("lora", fields(peft_type="x" * 1_000_000), "no installed variant reads peft_type 'xxx"),
     "peft_type of another": ("lora", fields(peft_type="HRA"), "'hra_u' is missing, in adapter_config.json or among its tens"),
-    "dropout": ("lora", fields(lora_dropout=0.05), r"lora_dropout=0.05 in adapter_config.json: there is no dropout here; type import_peft\(…, trainable=False\)"),
+    "dropout of 1": ("lora", fields(lora_dropout=1), r"LoRAConfig\(dropout=1\): dropout is a number from 0 to below 1"),
     "dropout is a text": ("lora", fields(lora_dropout="0.1"), "lora_dropout='0.1' in adapter_config.json: it is a number fr"),
     "dropout of 2": ("lora", fields(lora_dropout=2), "lora_dropout=2 in adapter_config.json: it is a number from 0 to 1"),
     "bias": ("lora", fields(bias="lora_only"), "bias='lora_only' is more than a low-rank product"),
@@ -327,7 +327,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "oft: shared": ("oft", fields(block_share=True), "block_share=True is not what this variant computes"),
     "oft: series": ("oft", fields(use_cayley_neumann=True), "use_cayley_neumann=True is a truncated series"),
     "oft: no word of the series": ("oft", without("use_cayley_neumann"), "use_cayley_neumann=True is a truncated series"),
-    "oft: dropout": ("oft", fields(module_dropout=0.5), "module_dropout=0.5 in adapter_config.json: there is no dropout here"),
+    "oft: dropout": ("oft", fields(module_dropout=0.5), "module_dropout=0.5 in adapter_config.json: variant 'oft' has no dropout"),
     "road: unknown": ("road", fields(variant="road_3"), "variant='road_3': RoAd has road_1, road_2, road_4"),
     "road: number": ("road", fields(variant=1), "variant=1 in adapter_config.json: it is a text"),
     "road: odd groups": ("road", fields(group_size=3), "a group is an even number of them"),
@@ -339,7 +339,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "delora: narrow": ("delora", put(f"{Q}.delora_w_norm", torch.ones(4)), "delora_w_norm does not hold the norms of this layer's"),
     "delora: no strength": ("delora", fields(delora_lambda=0), "the strength is a number above 0"),
     "delora: text": ("delora", fields(delora_lambda="15"), "delora_lambda='15' in adapter_config.json: it is a number"),
-    "delora: dropout": ("delora", fields(module_dropout=0.5), "module_dropout=0.5 in adapter_config.json: there is no dropout"),
+    "delora: dropout": ("delora", fields(module_dropout=0.5), "module_dropout=0.5 in adapter_config.json: variant 'delora' has no dropout"),
     "delora: bias": ("delora", fields(bias="delora_only"), "bias='delora_only' is not what this variant computes"),
 }  # fmt: skip
 CASES |= {

@@ -136,7 +136,8 @@ def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: 
                 "as accelerate's cpu_offload does with a layer's weights; adapters need their layers on a device"
             )
         break
-    result = hook({"x": x, "y": y, "params": params, "cfg": target.cfg, "layer": layer})
+    given = {"x": x, "y": y, "params": params, "cfg": target.cfg, "layer": layer, "training": layer.training}
+    result = hook(given)
     if not isinstance(result, Tensor):
         raise BrokenPlugin(
             f"{kind} of variant '{target.variant.name}' returned {type(result).__name__}; return the new tensor"

@@ -19,7 +19,8 @@ Made = dict[str, tuple[Tensor, torch.Size]]  # by bare name
 
 def specs_for(target: Target) -> dict[str, ParamSpec]:
     """The checked parameter specs of one layer. What the variant raises is raised with the layer's name before it."""
-    given = {"d_in": target.d_in, "d_out": target.d_out, "cfg": target.cfg, "layer": target.layer}
+    sizes = {"d_in": target.d_in, "d_out": target.d_out}
+    given = {**sizes, "cfg": target.cfg, "layer": target.layer, "name": target.name}
     try:
         specs = target.variant.param_specs(given)
     except LoraLiteError as error:  # a variant refuses a layer; it does not know its name

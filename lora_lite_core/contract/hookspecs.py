@@ -20,6 +20,7 @@ targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, r
 calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
 x                 (..., d_in), what the frozen layer receives; any leading shape, also empty; any floating dtype
 y                 (..., d_out), the output so far: of the frozen layer and of adapters attached before
+training          True while the layer is in training mode; False in evaluation, and where the core merges or exports
 config            the fields of PEFT's adapter_config.json, r and lora_alpha being this layer's own
 tensors           {name: tensor} of this layer in PEFT's file, the names without the layer's, as in "lora_A.weight"
 
@@ -47,14 +48,14 @@ if TYPE_CHECKING:
     from .param_spec import ParamSpec
     from .target import Target
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 
 hookspec = pluggy.HookspecMarker("lora_lite")
 hookimpl = pluggy.HookimplMarker("lora_lite")
 
 
 @hookspec(firstresult=True)
-def param_specs(d_in: int, d_out: int, cfg: AdapterConfig, layer: nn.Module) -> Mapping[str, ParamSpec]:  # type: ignore[empty-body]
+def param_specs(d_in: int, d_out: int, cfg: AdapterConfig, layer: nn.Module, name: str) -> Mapping[str, ParamSpec]:  # type: ignore[empty-body]
     """The tensors of one layer by name; every name starts with `lora_`. Pure: no side effect, no tensor made."""
 
 
@@ -72,13 +73,16 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: AdapterConfig
 
 
 @hookspec(firstresult=True)
-def forward_input(x: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module) -> Tensor:  # type: ignore[empty-body]
+def forward_input(x: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module, training: bool) -> Tensor:  # type: ignore[empty-body]
     """The new input of the frozen layer, same shape and dtype as x."""
 
 
 @hookspec(firstresult=True)
-def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module) -> Tensor:  # type: ignore[empty-body]
-    """The new output (not the delta), same shape and dtype as y; x is what the frozen layer received."""
+def forward(
+    x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module, training: bool
+) -> Tensor:  # type: ignore[empty-body]
+    """The new output (not the delta), same shape and dtype as y; x is what the frozen layer received. What is
+    random in training is drawn from torch's global generator."""
 
 
 @hookspec(firstresult=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..attached.forward_hooks import targets_on
 from .check import promise
@@ -35,17 +36,44 @@ def check_rows_are_independent(s: Subject) -> None:
         close(alone, model(x), 1e-5, "rows one at a time")
 
 
-@promise("draw nothing and count nothing in forward: all randomness belongs into init")
+@promise("draw only `if training` (an argument of forward and forward_input), and count nothing in forward")
 def check_forward_is_repeatable(s: Subject) -> None:
-    """The same input gives the same output twice, in train and in eval mode, and forward writes no adapter tensor."""
+    """The same input gives the same output twice, also in train mode unless the variant asks for `training`, and
+    forward writes no adapter tensor."""
     model, adapter = s.trained()
     tensors = {name: t.detach().clone() for name, t in adapter.named_tensors()}
     with torch.no_grad():
-        first = model.train()(s.x())
+        first = model.eval()(s.x())
         close(model(s.x()), first, 0, "a second forward")
-        close(model.eval()(s.x()), first, 0, "eval mode")
+        if not s.asks_for_training:
+            close(model.train()(s.x()), first, 0, "train mode")
+        model.train()(s.x())
     for name, tensor in adapter.named_tensors():
         close(tensor.detach(), tensors[name], 0, f"{name} after forward")
+
+
+@promise("draw from torch's global generator alone (torch.randn_like, F.dropout), and keep shape and dtype")
+def check_training_mode(s: Subject) -> None:
+    """In train mode the output has the shape and dtype of eval mode's, every trainable tensor has a finite gradient,
+    and a seed of torch's global generator repeats both, under activation checkpointing, too."""
+    model, adapter = s.trained()
+    tensors, found = list(adapter.parameters()), []
+    expected = model.eval()(s.x())
+    model.train()
+    for again in (False, True):
+        torch.manual_seed(4)
+        x = s.x().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        must((y.shape, y.dtype) == (expected.shape, expected.dtype), f"{y.dtype} {tuple(y.shape)} in train mode")
+        y.square().mean().backward()
+        must(all(t.grad is not None and bool(t.grad.isfinite().all()) for t in tensors), "a gradient is not finite")
+        found.append([y.detach(), *(t.grad for t in tensors)])
+        model.zero_grad()
+    for first, second in zip(*found, strict=True):
+        close(second, first, 1e-6, "the output or a gradient with the same seed")
+    low = s.model(torch.bfloat16).train()
+    s.attach(low)
+    must(low(s.x(dtype=torch.bfloat16)).dtype == torch.bfloat16, "in bfloat16 and train mode the output is not")
 
 
 @promise("do not write into x or y (no x += …, no y.mul_()): return a new tensor")
@@ -61,6 +89,7 @@ def check_inputs_are_not_written(s: Subject) -> None:
             y = layer.forward(x)
             kept = [(x, x.clone()), (y, y.clone())]
             given = {"x": x, "y": y, "params": target.params_on(layer), "cfg": target.cfg, "layer": layer}
+            given["training"] = False
             for hook in (target.variant.forward_input, target.variant.forward):
                 if hook is not None:
                     hook(given)

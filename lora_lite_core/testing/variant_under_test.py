@@ -48,6 +48,7 @@ class Packed(nn.Module):
         self.register_buffer("scale", scale)
         bias = cast("Tensor | None", layer.bias)  # torch types it as always there
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.train(layer.training)
 
     def dense(self) -> Tensor:
         return self.weight.reshape(self.out_features, self.in_features) * self.scale
@@ -62,6 +63,9 @@ class Subject:
     calibration   batches for variants that need data; made up where None
     identity_tol  largest allowed deviation of a fresh adapter; None is what the variant declares (IDENTITY_ATOL)
     sizes         (d, h) of the models' layers
+
+    A variant that asks whether it is training may draw then: its models are in eval mode, and `training_mode` checks
+    the rest.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class Subject:
         self.calibration = calibration
         self.identity_tol = self.variant.identity_atol if identity_tol is None else identity_tol
         self.sizes = sizes
+        hooks = (self.variant.forward, self.variant.forward_input)
+        self.asks_for_training = any("training" in hook.argnames for hook in hooks if hook)
 
     @functools.cached_property
     def attaches(self) -> bool:
@@ -102,7 +108,7 @@ class Subject:
         """A fresh model; the same one for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Net(*self.sizes).to(dtype)
+            return Net(*self.sizes).to(dtype).train(not self.asks_for_training)
 
     def x(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """Inputs of the model, (4, 6, d) by default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,12 +116,16 @@ def _run(
     pairs = list(zip(targets, params, strict=True))
     for target, tensors in pairs:
         if target.variant.forward_input is not None:
-            x = target.variant.forward_input({"x": x, "params": tensors, "cfg": target.cfg, "layer": twin})
+            x = target.variant.forward_input({**_given(twin, target, tensors), "x": x})
     out: Tensor = base_forward(twin, x) if y is None else y
     for target, tensors in pairs:
         if target.variant.forward is not None:
-            out = target.variant.forward({"x": x, "y": out, "params": tensors, "cfg": target.cfg, "layer": twin})
+            out = target.variant.forward({**_given(twin, target, tensors), "x": x, "y": out})
     return out
+
+
+def _given(twin: nn.Linear, target: Target, params: dict[str, Tensor]) -> dict[str, Any]:
+    return {"params": params, "cfg": target.cfg, "layer": twin, "training": False}
 
 
 def _check_affine(

@@ -39,8 +39,8 @@ def import_peft(
     """Attach an adapter that PEFT has saved: LoRA (rsLoRA and patterns, too), DoRA, IA3, HRA, OFT, RoAd or DeLoRA.
 
     directory  with adapter_config.json and adapter_model.safetensors; of another base model there is no way to tell
-    trainable  False keeps its tensors out of training. There is no dropout here: an adapter with lora_dropout > 0
-               computes the same in evaluation and is imported with False; with True it is refused
+    trainable  False keeps its tensors out of training. A dropout that the method has not here changes nothing in
+               evaluation and is imported with False; with True it is refused
 
     IA3 gates of inputs and of outputs are two variants here: then the second is called `{name}_{variant}`. All is
     checked before the model is touched: what the config selects and what the file holds must be the same modules, and
@@ -71,7 +71,7 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     whole = _whole_modules(selection, tensors)
     layers = _by_layer(selection, {key: tensor for key, tensor in tensors.items() if key not in whole})
     check_complete(selection, layers)
-    return read_parts(selection, layers), whole
+    return read_parts(selection, layers, trainable), whole
 
 
 def _whole_modules(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Whole]:

@@ -81,7 +81,7 @@ def _bound(node: ast.AST) -> tuple[str | None, ...]:
     return (node.asname or node.name,) if isinstance(node, ast.alias) else ()
 
 
-def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]]) -> list[Part]:
+def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> list[Part]:
     """Each layer's tensors, read by the first variant that knows them. Raises AdapterFileError."""
     readers = Readers(selection.config["peft_type"])
     parts: dict[str, Part] = {}
@@ -90,7 +90,7 @@ def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]])
         failure: AdapterFileError | None = None
         for variant in readers:
             try:
-                made = _ask(variant, path, layer, Tracked(config), Tracked(tensors))
+                made = _ask(variant, path, layer, Tracked(config), Tracked(tensors), trainable)
             except AdapterFileError as error:
                 if FIRST_PARTY.get(variant.name) == normal(variant.distribution):
                     raise
@@ -107,7 +107,7 @@ def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]])
 
 
 def _ask(
-    variant: Variant, path: str, layer: nn.Module, config: Tracked[Any], tensors: Tracked[Tensor]
+    variant: Variant, path: str, layer: nn.Module, config: Tracked[Any], tensors: Tracked[Tensor], trainable: bool
 ) -> tuple[Target, dict[str, Tensor]] | None:
     """The layer as this variant's target and its values, checked; None if the variant does not know such tensors."""
     assert variant.from_peft is not None
@@ -116,7 +116,7 @@ def _ask(
         if made is None:
             return None
         fields, values = made
-        check_all_read(config, variant.name)
+        check_all_read(config, variant.name, trainable)
         if ignored := [name for name in tensors if name not in tensors.read]:
             raise ConfigError(f"{first_of(ignored)} is nothing that variant '{variant.name}' reads")
         target = located(path, layer, variant.Config(exclude_names=(), **fields), variant, "")

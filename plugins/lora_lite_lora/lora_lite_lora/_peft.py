@@ -12,6 +12,7 @@ from lora_lite_core import ConfigError
 def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     alpha = cfg.r if cfg.alpha is None else cfg.alpha
     fields = {"peft_type": "LORA", "r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora}
+    fields["lora_dropout"] = cfg.dropout
     fields |= {"rank_pattern": {}, "alpha_pattern": {}}
     return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
 
@@ -23,4 +24,5 @@ def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[
         if config.get(name) not in (None, False, "none"):
             raise ConfigError(f"{name}={config[name]!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
+    fields["dropout"] = config.get("lora_dropout") or 0.0
     return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}

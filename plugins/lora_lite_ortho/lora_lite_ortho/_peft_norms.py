@@ -22,6 +22,7 @@ def dora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
         "use_dora": True,
         "r": cfg.r,
         "lora_alpha": cfg.r if cfg.alpha is None else cfg.alpha,
+        "lora_dropout": cfg.dropout,
     }
     magnitude = _norms(layer, 1) * (1 + full(params["lora_m"]))
     factors = {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
@@ -40,7 +41,7 @@ def dora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn
         raise ConfigError(f"lora_magnitude_vector has the shape {tuple(magnitude.shape)}, not {tuple(norms.shape)}")
     m = magnitude.to(norms) / norms - 1
     values = {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"], "lora_m": m}
-    return {"r": config["r"], "alpha": alpha}, values
+    return {"r": config["r"], "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}, values
 
 
 def delora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:

@@ -6,7 +6,8 @@
 A (r, d_in) starts as U(±1/√d_in), B (d_out, r) and δ (d_out) as zeros. Identity at step 0 because B = 0 makes ‖V‖
 the very number ‖W‖, so that k is 1. The norm is taken anew at every call and carries no gradient (section 4.3 of the
 paper), without the dense weight: ‖V‖² = ‖W‖² + 2 s Σ B ⊙ (W Aᵀ) + s² Σ B ⊙ (B A Aᵀ), where W Aᵀ is the frozen layer
-run on the r rows of A. Needs the row norms of the base, which are made at attach and are not saved.
+run on the r rows of A. With dropout, y = W x + b + (k − 1) ⊙ W x̃ + s k ⊙ B A x̃ in training, x̃ being the part of x
+that is left: one more run of the frozen layer. Needs the row norms of the base, which are made at attach and not saved.
 r (d_in + d_out) + d_out parameters, r (d_in + d_out) multiply-accumulates per token and r d_in d_out per call.
 
 Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen: DoRA, 2024 (ICML), arXiv:2402.09353.
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import LowRankConfig, ParamSpec, base_forward, dense_weight, hookimpl, layer_dtype
+from lora_lite_core import DropoutConfig, ParamSpec, base_forward, dense_weight, dropped, hookimpl, layer_dtype
 
 from . import _peft_norms
 from ._gates import gated
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRAConfig(LowRankConfig):
+class DoRAConfig(DropoutConfig):
     """Config of DoRA."""
 
     variant = "dora"
@@ -69,12 +70,20 @@ def _norm_ratio(layer: nn.Module, A: Tensor, B: Tensor, w2: Tensor, scale: float
 
 
 @hookimpl
-def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, layer: nn.Module) -> Tensor:
+def forward(
+    x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, layer: nn.Module, training: bool
+) -> Tensor:
     A, B, m, w2 = params["lora_A"], params["lora_B"], params["lora_m"], params["lora_w2"]
     ratio = _norm_ratio(layer, A, B, w2, cfg.scale, x.dtype)
     k = (1 + m.to(ratio.dtype)) * ratio
-    hidden = F.linear(x, A.to(x.dtype))
     bias = getattr(layer, "bias", None)
+    seen = dropped(x, cfg, training)
+    hidden = F.linear(seen, A.to(x.dtype))
+    if seen is not x:
+        product = base_forward(layer, seen)
+        product = product if bias is None else product - bias
+        delta = F.linear(hidden, (cfg.scale * k[:, None] * B).to(hidden.dtype)).to(y.dtype)
+        return y + torch.addcmul(delta, product, (k - 1).to(y.dtype))
     unbias = None if bias is None else ((1 - k) * bias).to(hidden.dtype)  # k ⊙ y has the bias in it
     delta = F.linear(hidden, (cfg.scale * k[:, None] * B).to(hidden.dtype), unbias).to(y.dtype)
     return delta.add_(gated(y, k))

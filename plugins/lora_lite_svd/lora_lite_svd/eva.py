@@ -20,12 +20,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite_core import CalibrationError, ConfigError, LowRankConfig, ParamSpec, Target, hookimpl, lowrank_delta
+from lora_lite_core import (
+    CalibrationError,
+    ConfigError,
+    DropoutConfig,
+    ParamSpec,
+    Target,
+    dropped,
+    hookimpl,
+    lowrank_delta,
+)
 from lora_lite_core.toolbox.calibration import Moments, calibration_batches, collect_inputs, principal_directions
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVAConfig(LowRankConfig):
+class EVAConfig(DropoutConfig):
     """Config of EVA.
 
     rho     how many times r directions a layer may get; 1 gives every layer its r
@@ -82,5 +91,6 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: EVAConfig, ca
 
 
 @hookimpl
-def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: EVAConfig) -> Tensor:
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: EVAConfig, training: bool) -> Tensor:
+    x = dropped(x, cfg, training)
     return lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)

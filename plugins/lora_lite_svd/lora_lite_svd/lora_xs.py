@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, lowrank_delta, sketch
+from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, lowrank_delta, sketch
 
 from ._triplets import singular_triplets
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXSConfig(LowRankConfig):
+class LoRAXSConfig(DropoutConfig):
     """Config of LoRA-XS."""
 
     variant = "lora_xs"
@@ -50,8 +50,8 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: LoRAXSConfig, name: s
 
 
 @hookimpl
-def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAXSConfig) -> Tensor:
-    hidden = F.linear(x, params["lora_A"].to(x.dtype))
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAXSConfig, training: bool) -> Tensor:
+    hidden = F.linear(dropped(x, cfg, training), params["lora_A"].to(x.dtype))
     return lowrank_delta(hidden, params["lora_R"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)
 
 

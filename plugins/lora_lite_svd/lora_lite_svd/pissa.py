@@ -6,7 +6,8 @@
 The two are equal, but here the weight is never written. A0 (r, d_in) and B0 (d_out, r) are frozen, the offsets dA and
 dB are trained from zero, which is why step 0 is the identity, and why weight decay pulls towards the base model and not
 towards a base without its principal part. Under Adam without weight decay the training is that of the published form.
-Reads the base's dense weight once, at attach; a file only fits the weights it was made on.
+Dropout acts on what is learnt alone, so that the start is the identity in training, too (in the published form it also
+drops parts of B0 A0 x). Reads the base's dense weight once, at attach; a file only fits the weights it was made on.
 r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token.
 
 Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948. With the smallest triplets instead (smallest=True): Wang,
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import LowRankConfig, ParamSpec, hookimpl, sketch
+from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, sketch
 
 from ._triplets import singular_triplets
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(LowRankConfig):
+class PiSSAConfig(DropoutConfig):
     """Config of PiSSA. alpha only scales what is learnt: the start is the same for every alpha.
 
     smallest  start from the r smallest singular triplets instead (MiLoRA)
@@ -60,7 +61,8 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: PiSSAConfig, name: st
 
 
 @hookimpl
-def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: PiSSAConfig) -> Tensor:
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: PiSSAConfig, training: bool) -> Tensor:
+    x = dropped(x, cfg, training)
     A0, B0, dA, dB = (params[name].to(x.dtype) for name in ("lora_A0", "lora_B0", "lora_dA", "lora_dB"))
     dh = F.linear(x, dA)
     if cfg.scale != 1.0:

@@ -140,11 +140,6 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
             raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")
-        if name.endswith("dropout") and value and trainable:
-            raise AdapterFileError(
-                f"{named(name, value)}: there is no dropout here; type import_peft(…, trainable=False) to run the "
-                f"adapter, which dropout does not change, or set it to 0 in {CONFIG} to train on without"
-            )
     start = config.get("init_lora_weights")
     if start == "mica" and trainable:
         raise AdapterFileError(
@@ -158,13 +153,21 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
         )
 
 
-def check_all_read(config: Tracked[Any], variant: str) -> None:
-    """Raise AdapterFileError when a field that is on was read by nobody."""
+def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
+    """Raise AdapterFileError when a field that is on was read by nobody; dropout matters in training only."""
     known = {*IGNORED, *SELECTING, "peft_type", "init_lora_weights", *config.read}
     known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
     for name in config:
         value = dict.__getitem__(config, name)
-        if name not in known and not name.endswith("dropout") and not off(value):
+        if name in known or off(value):
+            continue
+        if name.endswith("dropout"):
+            if trainable:
+                raise AdapterFileError(
+                    f"{named(name, value)}: variant '{variant}' has no dropout; type import_peft(…, trainable=False) "
+                    f"to run the adapter, which dropout does not change, or set it to 0 in {CONFIG} to train on without"
+                )
+        else:
             raise AdapterFileError(
                 f"{named(name, value)} is not what variant '{variant}' reads; it may change what the adapter computes"
             )
