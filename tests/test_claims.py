@@ -88,7 +88,7 @@ def test_a_name_that_is_spelled_like_a_config(site: Path, monkeypatch: pytest.Mo
         registry.variant_of_file("a", "lo_ra", {"distribution": "evil-pkg"})
 
 
-@pytest.mark.parametrize("name", ["", "a b", "\x1b[2J", "l\u043era", "x" * 101, "a.b", "../a", 5, None])
+@pytest.mark.parametrize("name", ["a b", "\x1b[2J", "l\u043era", "x" * 101, "a.b", "../a", 5])
 def test_names_that_are_not_registered(name: object, toy: object) -> None:
     with pytest.raises(ll.BrokenPlugin, match="cannot be the name of a variant"):
         ll.register(toy, name=name)  # type: ignore[arg-type]

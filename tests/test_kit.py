@@ -141,6 +141,69 @@ def another_dtype_in_training(v: types.SimpleNamespace) -> None:
     v.forward = ll.hookimpl(forward)
 
 
+@caught_by("reads_what_it_is_given")
+def keeps_a_table_in_the_module(v: types.SimpleNamespace) -> None:
+    pairs: dict[int, Tensor] = {}
+
+    def init(params: dict[str, Tensor], generator: torch.Generator) -> None:
+        d_in = params["lora_A"].shape[1]
+        pairs.setdefault(d_in, torch.randn(2, d_in, generator=generator))
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        A = pairs[x.shape[-1]].to(x.dtype)
+        return y + F.linear(F.linear(x, A + params["lora_A"].to(x.dtype)), params["lora_B"].to(x.dtype)).to(y.dtype)
+
+    v.init, v.forward = ll.hookimpl(init), ll.hookimpl(forward)
+
+
+@caught_by("no_copies")
+def a_copy_a_layer(v: types.SimpleNamespace) -> None:
+    def same(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+        return {"lora_A": ll.ParamSpec((cfg.r, d_in), same, trainable=False), "lora_B": ll.ParamSpec((d_out, cfg.r))}
+
+    v.param_specs = ll.hookimpl(param_specs)
+
+
+@caught_by("two_models_side_by_side")
+def passes_values_to_its_own_backward_through_the_module(v: types.SimpleNamespace) -> None:
+    kept: dict[str, Tensor] = {}
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            ctx.save_for_backward(A, B)
+            kept["x"] = x
+            return F.linear(F.linear(x, A), B)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+            (A, B), x = ctx.saved_tensors, kept["x"].flatten(0, -2)
+            rows = g.flatten(0, -2)[: len(x)]
+            return g @ B @ A, (rows @ B).T @ x, rows.T @ F.linear(x, A)
+
+    v.forward = ll.hookimpl(
+        lambda x, y, params: y + Product.apply(x, *(params[n].to(x.dtype) for n in ("lora_A", "lora_B"))).to(y.dtype)
+    )
+
+
+@caught_by("training_goes_on_after_reload")
+def an_average_that_is_not_saved(v: types.SimpleNamespace) -> None:
+    specs = v.param_specs
+    v.param_specs = ll.hookimpl(lambda d_in, d_out, cfg: {
+        **specs(d_in, d_out, cfg), "lora_seen": ll.ParamSpec((1,), as_buffer=True, persistent=False)
+    })  # fmt: skip
+
+    def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            params["lora_seen"].add_(1)
+        return y + delta(x, params).to(y.dtype) * (1 + 0.3 * params["lora_seen"].to(y.dtype))
+
+    v.forward = ll.hookimpl(forward)
+
+
 @caught_by("inputs_are_not_written")
 def writes_its_input(v: types.SimpleNamespace) -> None:
     def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:

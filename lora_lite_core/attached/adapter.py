@@ -75,10 +75,14 @@ class Adapter:
         return MappingProxyType(targets_of(self.model, self.name))
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then those of whole modules."""
-        for layer_name, target in self.layers().items():
-            for bare, tensor in target.params_on(target.layer).items():
-                yield f"{layer_name}.{bare}", tensor
+        """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then
+        once those that layers share, as `lora_A_64x256`, then those of whole modules."""
+        layers = self.layers()
+        for layer_name, target in layers.items():
+            for bare, attribute in target.attributes.items():
+                yield f"{layer_name}.{bare}", getattr(target.layer, attribute)
+        shared = (one for target in layers.values() for one in target.shared.values())
+        yield from {attribute.partition("__")[0]: held[attribute] for _, attribute, held in shared}.items()
         yield from self._whole().items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -100,7 +104,7 @@ class Adapter:
         waiting = targets_of(self.model, self.name).values()
         check_has_weights(waiting)
         check_behaviour(waiting)
-        targets = [replace(target, attributes={}, saved=()) for target in waiting]
+        targets = [replace(target, attributes={}, saved=(), shared={}) for target in waiting]
         install(self.model, self.name, replace(record, ready=True), targets, calibration_data=calibration_data)
         return self
 
@@ -145,7 +149,7 @@ class Adapter:
         gone = f", {len(present) - len(targets)} of them replaced since" if len(targets) < len(present) else ""
         tensors = [t for target in targets for t in target.params_on(target.layer).values()]
         tensors += [] if gone else self._whole().values()
-        trained = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad)
+        trained = sum(t.numel() for t in {*tensors} if isinstance(t, nn.Parameter) and t.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         ranks = sorted({target.cfg.r for target in targets if isinstance(target.cfg, RankConfig)})
         rank = f", r={'–'.join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))}" if ranks else ""

@@ -17,6 +17,7 @@ from .forward_hooks import add_target, leaving_no_hook, remove_target, targets_o
 from .records import RECORDS, Record, all_or_nothing, let_pack, present_targets, record_of, records_of
 from .tensors import (
     Made,
+    SharedTensors,
     as_made,
     attribute_name,
     check_in_place,
@@ -54,7 +55,7 @@ def install(
         unpacking.apply()
         if name in records_of(model).adapters:
             take_off(model, name)
-        making = Making(record.seed)
+        making = Making(model, record.seed)
         for target in targets:
             making.place(target, None if values is None else values[target.name], ready=record.ready)
         if values is None and record.ready:
@@ -107,6 +108,8 @@ def take_off(model: nn.Module, name: str) -> None:
             remove_target(target.layer, name)
             remove_tensors(target)
     records = records_of(model)
+    for attribute in [one for one in records.adapters[name].shared if hasattr(model, one)]:
+        delattr(model, attribute)
     _put_whole(model, records.adapters[name], trained=False)
     left = {other: record for other, record in records.adapters.items() if other != name}
     vars(model)[RECORDS] = replace(records, adapters=left)
@@ -122,6 +125,7 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
     """From here on the adapter runs, what is not an adapter is frozen, and the model remembers."""
     first = RECORDS not in vars(model)
     record.layers = tuple(target.name for target in targets)
+    record.shared = tuple({shared.attribute: None for target in targets for shared in target.shared.values()})
     for target in targets:
         target.ready, target.placing = record.ready, None
         if record.ready:
@@ -191,20 +195,25 @@ def _unpacking(model: nn.Module) -> Any:
 class Making:
     """The tensors of one adapter while they are made; what a target's `reconfigure` and `drop` act on."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int) -> None:
         self.seed = seed
+        self.shared = SharedTensors(model, seed)
         self.placed: dict[Target, Made] = {}
 
     def place(self, target: Target, values: Mapping[str, Tensor] | None, *, ready: bool = True) -> None:
         """Make the tensors of one layer and put them on it; without values for now, for a model on meta."""
-        specs = specs_for(target)
+        declared = specs_for(target)
+        specs = {bare: spec for bare, spec in declared.items() if not spec.shared}
         attributes = {bare: attribute_name(bare, target.adapter) for bare in specs}
         for attribute in attributes.values():
             if hasattr(target.layer, attribute):
                 raise AdapterNameError(
                     f"{target.name} already has an attribute '{attribute}'; give this adapter another name: name='…'"
                 )
-        made = make_tensors(target, specs, self.seed, values) if ready else zeros_for(target, specs)
+        common = {bare: spec for bare, spec in declared.items() if spec.shared}
+        shared = self.shared.place(target, common, values or {}, ready=ready)
+        own = None if values is None else {bare: value for bare, value in values.items() if bare in specs}
+        made = make_tensors(target, specs, self.seed, own, shared) if ready else zeros_for(target, specs)
         for bare, attribute in attributes.items():
             register_tensor(target.layer, attribute, specs[bare], made[bare])
         target.attributes, target.placing = attributes, self
@@ -215,11 +224,13 @@ class Making:
         remove_tensors(target)
         target.cfg = cfg
         self.place(target, None)
+        self.shared.release(self.placed)
 
     def drop(self, target: Target) -> None:
         remove_tensors(target)
         target.placing = None
         del self.placed[target]
+        self.shared.release(self.placed)
 
     def run_group_init(self, model: nn.Module, record: Record, calibration_data: Any) -> None:
         if record.variant.group_init is None:

@@ -113,10 +113,12 @@ def _is_stale(model: nn.Module, target: Target) -> bool:
 
 def _changes(model: nn.Module, target: Target) -> dict[str, Tensor]:
     """The tensors that are not saved but made of the base, where they come out another way now."""
-    params = target.params_on(target.layer)
-    if len(target.saved) == len(params):
+    if len(target.saved) == len(target.attributes):
         return {}
+    params, specs = target.params_on(target.layer), specs_for(target)
     saved = {bare: params[bare].detach() for bare in target.saved}
-    made = make_tensors(target, specs_for(target), record_of(model, target.adapter).seed, saved)
-    new = {bare: made[bare] for bare in params if bare not in saved}
+    own = {bare: specs[bare] for bare in target.attributes}
+    shared = {bare: params[bare] for bare in target.shared}
+    made = make_tensors(target, own, record_of(model, target.adapter).seed, saved, shared)
+    new = {bare: made[bare] for bare in own if bare not in saved}
     return new if any(not torch.allclose(new[b], params[b], rtol=3e-3, atol=1e-6) for b in new) else {}

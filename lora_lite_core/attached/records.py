@@ -41,6 +41,7 @@ class Record:
     seed: int
     ready: bool = True  # False from `attach` on the meta device until `initialize`
     layers: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # attributes of the model: tensors that several layers share
     whole: dict[str, Whole] = field(default_factory=dict)  # by full name: what `train_modules` trains
     blocks: dict[object, str] = field(default_factory=dict)  # "disabled" or "merged" for every with-block we are in
 

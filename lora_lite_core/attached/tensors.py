@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
-from ..contract.errors import BrokenPlugin, LoraLiteError
+from ..contract.errors import AdapterNameError, BrokenPlugin, LoraLiteError, TargetError
 from ..contract.param_spec import ParamSpec
-from ..contract.target import Target
+from ..contract.target import Shared, Target
 from ..layers.layer_kinds import layer_device, layer_dtype
 
 Made = dict[str, tuple[Tensor, torch.Size]]  # by bare name
@@ -62,9 +64,14 @@ def generator_for(seed: int, target: Target, tensor: str) -> torch.Generator:
 
 
 def make_tensors(
-    target: Target, specs: Mapping[str, ParamSpec], seed: int, values: Mapping[str, Tensor] | None
+    target: Target,
+    specs: Mapping[str, ParamSpec],
+    seed: int,
+    values: Mapping[str, Tensor] | None,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of one layer, not on it yet: with the `values` of a file, the others made by `init`; or all new.
+    """The layer's own tensors: those in `values` with the file's values, the others made by `init`; or all new. `init`
+    sees the `shared` ones, too.
 
     A file's values stand before `init` runs, which may read them, and are written again over what it has touched.
     """
@@ -75,7 +82,7 @@ def make_tensors(
         if bare not in given:
             fill(tensor, specs[bare], generator_for(seed, target, bare), f"{target.name}.{bare}")
     if len(given) < len(made):
-        _run_init(target, made, seed)
+        _run_init(target, made, shared or {}, seed)
         _copy(given, made)
     return made
 
@@ -95,19 +102,25 @@ def _copy(values: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _run_init(target: Target, made: Mapping[str, Tensor], seed: int) -> None:
+def _run_init(target: Target, made: Mapping[str, Tensor], shared: Mapping[str, Tensor], seed: int) -> None:
     if target.variant.init is None:
         return
-    params, before = dict(made), as_made(made)
+    params, before = {**made, **shared}, as_made({**made, **shared})
+    versions = {bare: tensor._version for bare, tensor in shared.items()}
     generator = generator_for(seed, target, "init")
     given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}
     label = f"init of variant '{target.variant.name}'"
-    if target.variant.init(given) is not None or params.keys() != made.keys():
+    if target.variant.init(given) is not None or params.keys() != before.keys():
         raise BrokenPlugin(
             f"{label} returned something or added names to params; "
             "it fills the tensors of param_specs in place and returns None"
         )
     check_in_place(label, params, before)
+    if written := [bare for bare, version in versions.items() if shared[bare]._version != version]:
+        raise BrokenPlugin(
+            f"{label} wrote params['{written[0]}'], which other layers share; give it an init in ParamSpec, or fill it "
+            "in group_init"
+        )
 
 
 def as_made(tensors: Mapping[str, Tensor]) -> Made:
@@ -148,6 +161,66 @@ def register_tensor(layer: nn.Module, attribute: str, spec: ParamSpec, tensor: T
         layer.register_buffer(attribute, tensor, persistent=spec.persistent)
     else:
         layer.register_parameter(attribute, nn.Parameter(tensor, requires_grad=bool(spec.trainable)))
+
+
+class SharedTensors:
+    """The tensors of one adapter that several layers share, on the module that `attach` was given."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.specs: dict[str, ParamSpec] = {}  # by attribute of the model
+
+    def place(
+        self, target: Target, specs: Mapping[str, ParamSpec], values: Mapping[str, Tensor], *, ready: bool
+    ) -> dict[str, Tensor]:
+        """Those of one layer, made and put on the model where no layer before has had them."""
+        target.shared = {
+            bare: self._find_or_make(target, spec, values.get(bare), ready) for bare, spec in specs.items()
+        }
+        return {bare: held[attribute] for bare, (_, attribute, held) in target.shared.items()}
+
+    def _find_or_make(self, target: Target, spec: ParamSpec, value: Tensor | None, ready: bool) -> Shared:
+        key = shared_key(spec)
+        held: dict[str, Any] = self.model._buffers if spec.as_buffer else self.model._parameters
+        attribute = attribute_name(key, target.adapter)
+        dtype, device = tensor_dtype(spec, target.cfg, target.layer), layer_device(target.layer)
+        if attribute in self.specs and held[attribute].device != device:
+            if spec.trainable:
+                raise TargetError(
+                    f"{target.name} is on {device}, and {key}, which is trained and which it shares with other layers, "
+                    f"on {held[attribute].device}; adapt layers of one device"
+                )
+            attribute = attribute_name(f"{key}_{str(device).replace(':', '')}", target.adapter)
+        if attribute not in self.specs:
+            if hasattr(self.model, attribute):
+                raise AdapterNameError(f"the model already has an attribute '{attribute}'; give another name: name='…'")
+            tensor = torch.zeros(spec.shape, dtype=dtype, device=device)
+            if value is not None:
+                _copy({key: value}, {key: tensor})
+            elif ready:
+                fill(tensor, spec, generator_for(self.seed, replace(target, name=key), "shared"), key)
+            register_tensor(self.model, attribute, spec, tensor)
+            self.specs[attribute] = spec
+        there = self.specs[attribute]
+        kinds = [(s.trainable, s.as_buffer, s.persistent) for s in (there, spec)]
+        if kinds[0] != kinds[1] or held[attribute].dtype != dtype:
+            raise BrokenPlugin(
+                f"{target.name} shares {key} with other layers and declares another kind of it (trainable, as_buffer, "
+                f"persistent, or dtype: {dtype} here, {held[attribute].dtype} there); give it one kind, or another key"
+            )
+        return Shared(key if spec.persistent else "", attribute, held)
+
+    def release(self, targets: Iterable[Target]) -> None:
+        """Take off the model what none of these uses."""
+        used = {shared.attribute for target in targets for shared in target.shared.values()}
+        for attribute in [one for one in self.specs if one not in used]:
+            delattr(self.model, attribute)
+            del self.specs[attribute]
+
+
+def shared_key(spec: ParamSpec) -> str:
+    """The name of a shared tensor in files, and on the model where the adapter is the default one: `lora_A_64x256`."""
+    return f"lora_{spec.shared}_{'x'.join(map(str, spec.shape))}"
 
 
 def take_fingerprint(target: Target) -> list[float] | None:

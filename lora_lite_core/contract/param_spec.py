@@ -48,6 +48,9 @@ class ParamSpec:
     persistent  False: not saved, recomputed by `init` at load; only for continuous functions of the frozen weight
     dtype       None takes the config's dtype; an integer dtype is never cast
     doc         one line for people
+    shared      a key, as "A": one tensor for all layers whose spec has this key and this shape. It is a plain parameter
+                (or buffer) of the module that `attach` was given, saved once, seeded by key and shape. `init` may read
+                it and not fill it, `group_init` may
 
     Raises ConfigError when these contradict each other.
     """
@@ -59,6 +62,7 @@ class ParamSpec:
     persistent: bool = True
     dtype: torch.dtype | None = None
     doc: str = ""
+    shared: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, (tuple, list)):
@@ -86,6 +90,11 @@ class ParamSpec:
             raise ConfigError(
                 f"ParamSpec(persistent=False, dtype={self.dtype}): what is computed anew at load may come out another "
                 "way; save it"
+            )
+        if self.shared and (not self.shared.isidentifier() or "__" in self.shared or self.shared.startswith("lora_")):
+            raise ConfigError(
+                f"ParamSpec(shared={self.shared!r}): the key becomes a part of a name, lora_KEY_SHAPE; use letters, "
+                "digits and single underscores, as in shared='A'"
             )
         if self.trainable and self.dtype is not None and not self.dtype.is_floating_point:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .errors import BrokenPlugin, ModelStateError
 
@@ -18,6 +18,16 @@ class Placing(Protocol):
 
     def place_anew(self, target: Target, cfg: Any) -> None: ...
     def drop(self, target: Target) -> None: ...
+
+
+class Shared(NamedTuple):
+    """Where a tensor is that several layers share: its name in a file ("" when it is not saved), its attribute on the
+    module that `attach` was given, and that module's parameters or buffers. These dicts are the module's own: a copy of
+    one layer takes the shared tensors along, and nothing else."""
+
+    key: str
+    attribute: str
+    held: dict[str, Any]
 
 
 class Params(dict[str, "Tensor"]):
@@ -40,7 +50,8 @@ class Target:
     adapter: str  # the adapter's name
     storage: str = "dense"  # how the layer keeps its weight
     attributes: dict[str, str] = field(default_factory=dict)  # bare name → attribute, as lora_A → lora_A__style
-    saved: tuple[str, ...] = ()  # the bare names that go into a file
+    saved: tuple[str, ...] = ()  # the bare names that go into a file for this layer
+    shared: dict[str, Shared] = field(default_factory=dict)  # bare name → a tensor that other layers have, too
     fingerprint: list[float] | None = None  # of the layer's weight, where the variant takes one
     base_version: int = -1  # torch's count of writes to the layer's weight when the adapter was put on
     ready: bool = True  # False from `attach` on the meta device until `initialize`
@@ -55,7 +66,10 @@ class Target:
 
     def params_on(self, layer: nn.Module) -> dict[str, Tensor]:
         """The same of a layer that may be a replica of this one; read anew at every call."""
-        return {bare: getattr(layer, attribute) for bare, attribute in self.attributes.items()}
+        params = {bare: getattr(layer, attribute) for bare, attribute in self.attributes.items()}
+        for bare, (_, attribute, held) in self.shared.items():
+            params[bare] = held[attribute]
+        return params
 
     def reconfigure(self, **changes: Any) -> None:
         """Replace fields of this target's config (`reconfigure(r=5, alpha=10.0)`), make its tensors anew by

@@ -4,8 +4,12 @@ importing torch or a plugin is left to `get_variant`. The listing is in `listing
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import re
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from importlib_metadata import version as core_version
@@ -83,20 +87,42 @@ def variant_of_file(path: object, name: str, plugin: Mapping[str, str]) -> Varia
         raise MissingPlugin(text) from error
 
 
-def register(namespace: Any, *, name: str) -> Variant:
-    """Make a variant of any object that holds the contract's functions (a class with static methods, a module).
+def register(namespace: Any, *, name: str = "") -> Variant:
+    """Make a variant of any object that holds the contract's functions (a class with static methods, a module), or of
+    the path of a module's file, which is run. Its name is what its config says (`Config.variant`) where none is given.
 
-    For notebooks and tests: the name is gone with the process. A name registered before is replaced; a name that an
-    installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
+    For notebooks, files and tests: the name is gone with the process. A name registered before is replaced; a name that
+    an installed package provides is refused with AmbiguousVariant. Raises BrokenPlugin as `get_variant` does.
     """
     from ..contract.variant import Origin
     from ..contract.variant_validation import check_variant
 
+    if isinstance(namespace, (str, os.PathLike)):
+        namespace = _run_file(Path(namespace))
+    name = name or str(getattr(getattr(namespace, "Config", None), "variant", "") or "unnamed")
     claims = [entry for entry in variant_entries() if entry.name == name]
     if owners := [e.package.name for e in claims if state_of(e, claims)[0] in ("ok", "claimed twice")]:
         raise AmbiguousVariant(f"variant '{name}' is provided by {listed(owners)}; register yours under another name")
     _registered[name] = check_variant(name, namespace, Origin(get_variant))
     return _registered[name]
+
+
+def _run_file(path: Path) -> Any:
+    """The module of a file, in sys.modules so that its configs can be pickled; BrokenPlugin when it cannot be run."""
+    spec = importlib.util.spec_from_file_location(f"lora_lite_file_{path.stem}", path)
+    if path.suffix != ".py" or not path.is_file() or spec is None or spec.loader is None:
+        raise BrokenPlugin(f"{plain(path)} is no file of a Python module; give the path of one, as in 'my_method.py'")
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(spec.name)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(spec.name) if before is None else sys.modules.update({spec.name: before})
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise BrokenPlugin(f"{plain(path)} cannot be run: {told(error)}") from error
+    return module
 
 
 def unregister(name: str) -> None:

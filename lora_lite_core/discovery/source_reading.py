@@ -13,7 +13,10 @@ from ..contract.text import plain
 from ..contract.untrusted_input import collector_paused, read_regular
 
 MOST = 128 * 1024  # bytes of a module: a hundred times what a variant has, and half a second for the parser at worst
-BASES = ("AdapterConfig", "RankConfig", "LowRankConfig")
+BASES = {
+    **dict.fromkeys(("AdapterConfig", "RankConfig", "LowRankConfig"), "lora_lite_core.contract.config"),
+    "DropoutConfig": "lora_lite_core.toolbox.dropout",
+}
 
 
 def read_source(module: str) -> tuple[ast.Module, int]:
@@ -60,7 +63,7 @@ def config_fields(tree: ast.Module, config: str) -> dict[str, str]:
             for base in node.bases:
                 name = ast.unparse(base).rpartition(".")[2]
                 if name in BASES:
-                    fields |= config_fields(read_source("lora_lite_core.contract.config")[0], name)
+                    fields |= config_fields(read_source(BASES[name])[0], name)
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
                     value = ast.unparse(line.value) if line.value else "(required)"

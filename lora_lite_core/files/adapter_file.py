@@ -1,7 +1,7 @@
 """The adapter file: safetensors with a JSON header. Reading the header needs no torch.
 
 tensors    "<layer>.<bare name>", as model.layers.0.self_attn.q_proj.lora_A; bare whatever the adapter's name was; those
-           of modules that are trained whole by their full names
+           of modules that are trained whole by their full names, those that layers share as "lora_A_64x256"
 metadata   {"format": "lora-lite", "format_version": "1", "adapter": JSON of the fields of AdapterFile below}
 """
 

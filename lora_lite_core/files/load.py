@@ -21,7 +21,7 @@ from ..attached.model_checks import (
 )
 from ..attached.records import Record, Whole, check_name, check_one_owner
 from ..attached.targeting import located
-from ..attached.tensors import specs_for
+from ..attached.tensors import shared_key, specs_for
 from ..contract.config import AdapterConfig, changed_by_file, config_from_file
 from ..contract.errors import (
     AdapterFileError,
@@ -136,14 +136,22 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
-def _expected(file: AdapterFile, targets: Iterable[Target], whole: Mapping[str, Tensor]) -> dict[str, ParamSpec]:
-    """What the variant declares for each of the file's tensors, after names and shapes were compared with the header;
-    those of whole modules, too."""
-    expected: dict[str, ParamSpec] = {}
-    for target in targets:
-        specs = specs_for(target)
-        expected |= {f"{target.name}.{bare}": spec for bare, spec in specs.items() if spec.persistent}
-    shapes = {key: spec.shape for key, spec in expected.items()} | {key: tuple(t.shape) for key, t in whole.items()}
+def _expected(
+    file: AdapterFile, targets: Iterable[Target], whole: Mapping[str, Tensor]
+) -> dict[str, dict[str, tuple[str, ParamSpec]]]:
+    """What the variant declares for each target, with the name of it in the file, after names and shapes were compared
+    with the header; those of whole modules, too."""
+    declared = {target.name: specs_for(target) for target in targets}
+    expected = {
+        name: {
+            bare: (shared_key(spec) if spec.shared else f"{name}.{bare}", spec)
+            for bare, spec in specs.items()
+            if spec.persistent
+        }
+        for name, specs in declared.items()
+    }
+    shapes = {key: spec.shape for specs in expected.values() for key, spec in specs.values()}
+    shapes |= {key: tuple(tensor.shape) for key, tensor in whole.items()}
     if shapes.keys() != file.tensors.keys():
         missing = [key for key in shapes if key not in file.tensors]
         unexpected = [key for key in file.tensors if key not in shapes]
@@ -158,14 +166,12 @@ def _expected(file: AdapterFile, targets: Iterable[Target], whole: Mapping[str, 
 
 
 def _values(
-    file: AdapterFile, tensors: Mapping[str, Tensor], expected: Mapping[str, ParamSpec]
+    file: AdapterFile, tensors: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, tuple[str, ParamSpec]]]
 ) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by target and bare name, of the kinds that the variant declares."""
-    values: dict[str, dict[str, Tensor]] = {}
-    for key, spec in expected.items():
-        tensor, wanted = tensors[key], spec.dtype or torch.float32
-        if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
-            raise AdapterFileError(f"{file.path}: {key} is {tensor.dtype}, variant '{file.variant}' needs {wanted}")
-        layer_name, _, bare = key.rpartition(".")
-        values.setdefault(layer_name, {})[bare] = tensor
-    return values
+    for specs in expected.values():
+        for key, spec in specs.values():
+            tensor, wanted = tensors[key], spec.dtype or torch.float32
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                raise AdapterFileError(f"{file.path}: {key} is {tensor.dtype}, variant '{file.variant}' needs {wanted}")
+    return {name: {bare: tensors[key] for bare, (key, _) in specs.items()} for name, specs in expected.items()}

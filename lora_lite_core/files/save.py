@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 from importlib_metadata import version
-from torch import nn
+from torch import Tensor, nn
 
 from ..attached.model_checks import check_not_sharded
 from ..attached.records import Record, check_outside, record_of, records_of, targets_of
@@ -37,22 +37,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.base_check import warn_if_stale
 
         warn_if_stale(model, name, stacklevel=3)
-    target = real_path(path)  # a link stays a link
-    if target.suffix != ".safetensors":
+    file = real_path(path)  # a link stays a link
+    if file.suffix != ".safetensors":
         raise AdapterFileError(
-            f"adapters are saved as .safetensors, not '{target.name}'; "
-            f"type save(model, '{target.parent / (target.stem or 'adapter')}.safetensors')"
+            f"adapters are saved as .safetensors, not '{file.name}'; "
+            f"type save(model, '{file.parent / (file.stem or 'adapter')}.safetensors')"
         )
-    tensors = {
-        f"{layer_name}.{bare}": target.params_on(target.layer)[bare]
-        for layer_name, target in targets.items()
-        for bare in target.saved
-    }
+    tensors: dict[str, Tensor] = {}
+    for layer_name, target in targets.items():
+        params = target.params_on(target.layer)
+        tensors |= {f"{layer_name}.{bare}": params[bare] for bare in target.saved}
+        tensors |= {shared.key: params[bare] for bare, shared in target.shared.items() if shared.key}
     if record.whole:
         from ..attached.train_modules import current
 
         tensors |= current(model, record)
-    write_tensors(target, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(record, targets))
+    write_tensors(file, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(record, targets))
 
 
 def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:

@@ -88,7 +88,9 @@ def _frozen(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _saved(adapter: Adapter) -> set[str]:
-    return {f"{name}.{bare}" for name, target in adapter.layers().items() for bare in target.saved}
+    layers = adapter.layers().items()
+    own = {f"{name}.{bare}" for name, target in layers for bare in target.saved}
+    return own | {shared.key for _, target in layers for shared in target.shared.values() if shared.key}
 
 
 @promise("keep nothing outside `params`: adapters share the layer, and each has tensors of its own")
@@ -159,8 +161,9 @@ def check_peft_round_trip(s: Subject) -> None:
         back = from_peft({"config": config, "tensors": tensors, "layer": layer})
         must(back is not None, f"from_peft does not know what to_peft wrote of {name}: {config}")
         again = dict(back[1]) if back else {}
-        must(set(again) == set(target.saved), f"{sorted(again)} came back of {sorted(target.saved)}")
-        for bare in target.saved:
+        saved = [*target.saved, *(bare for bare, shared in target.shared.items() if shared.key)]
+        must(set(again) == set(saved), f"{sorted(again)} came back of {sorted(saved)}")
+        for bare in saved:
             close(again[bare].reshape(params[bare].shape), params[bare], 1e-4, f"{bare} of {name}")
 
 

@@ -11,7 +11,8 @@ from ..contract.config import AdapterConfig
 from ..contract.errors import ConfigError, did_you_mean
 
 # Each module lists its checks, in this order.
-from . import attach_checks as start, forward_checks as running, training_checks as training, file_checks as keeping  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
+from . import attach_checks as start, forward_checks as running, training_checks as training  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
+from . import file_checks as keeping, sharing_checks as sharing  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
 from .check import CHECKS, Check
 from .variant_under_test import CheckFailed, Subject
 
@@ -101,12 +102,12 @@ def tensors_of(cfg: AdapterConfig) -> list[str]:
     """What the variant puts on a layer 64 → 96, a line a tensor; raises what `attach` raises."""
     subject = Subject(cfg)
     adapter = subject.attach(subject.model())
-    name, target = next(iter(adapter.layers().items()))
-    held = dict(adapter.named_tensors())
+    target = next(iter(adapter.layers().values()))
     lines = [f"on a layer {target.d_in} → {target.d_out}:"]
-    for bare in target.attributes:
-        tensor = held[f"{name}.{bare}"]
-        kind = "trained" if tensor.requires_grad else "frozen" if bare in target.saved else "frozen, not saved"
+    for bare, tensor in target.params.items():
+        saved = target.shared[bare].key if bare in target.shared else bare in target.saved
+        kind = "trained" if tensor.requires_grad else "frozen" if saved else "frozen, not saved"
+        kind += ", shared by layers" if bare in target.shared else ""
         lines.append(f"  {bare} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, {kind}")
     return lines
 

@@ -47,8 +47,9 @@ def check_every_trainable_tensor_moves(s: Subject) -> None:
     adapter = s.attach(model)
     before = {name: tensor.detach().clone() for name, tensor in adapter.named_tensors()}
     model(s.x()).square().mean().backward()
-    alive = {n.rpartition(".")[0] for n, t in adapter.named_tensors() if t.grad is not None and bool(t.grad.any())}
-    must(alive == set(adapter.targets), f"only {sorted(alive)} of {adapter.targets} have a gradient at step 0")
+    grads = {name: [t.grad for t in target.params.values()] for name, target in adapter.layers().items()}
+    alive = [name for name, of_layer in grads.items() if any(g is not None and bool(g.any()) for g in of_layer)]
+    must(len(alive) == len(grads), f"only {sorted(alive)} of {adapter.targets} have a gradient at step 0")
     model.zero_grad()
     train(s, model, adapter, steps=4)
     for name, tensor in adapter.named_tensors():
@@ -75,12 +76,12 @@ def check_gradients(s: Subject) -> None:
     for number, tensor in enumerate(adapter.parameters()):
         draw = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         tensor.data.add_(draw, alpha=0.3)
-    named = {name: t for name, t in adapter.named_tensors() if t.requires_grad and name.startswith("mix.")}
+    here = {id(t) for t in adapter.layers()["mix"].params.values()}
+    named = {name: t for name, t in adapter.named_tensors() if t.requires_grad and id(t) in here}
     x = s.x(3, dtype=torch.float64).requires_grad_()
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        bare = [name.removeprefix("mix.") for name in named]
-        return torch.func.functional_call(model.mix, dict(zip(bare, values, strict=True)), (x,))
+        return torch.func.functional_call(model, dict(zip(named, values, strict=True)), (x,), {"only": "mix"})
 
     values = [tensor.detach().clone().requires_grad_() for tensor in named.values()]
     try:

@@ -23,16 +23,23 @@ class CheckFailed(AssertionError):
 
 
 class Net(nn.Module):
-    """Three linear layers, d → h → d in a residual branch and d → d, one of them without a bias; x (..., d)."""
+    """Layers d → h → d in a residual branch, one of them without a bias, and two d → d on its output; x (..., d).
+
+    only  the name of one layer, to run that alone
+    """
 
     def __init__(self, d: int, h: int) -> None:
         super().__init__()
         self.up = nn.Linear(d, h)
         self.down = nn.Linear(h, d, bias=False)
         self.mix = nn.Linear(d, d)
+        self.pair = nn.Linear(d, d)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(x + self.down(torch.tanh(self.up(x))))
+    def forward(self, x: Tensor, only: str = "") -> Tensor:
+        if only:
+            return self.get_submodule(only)(x)
+        hidden = x + self.down(torch.tanh(self.up(x)))
+        return self.mix(hidden) + self.pair(hidden)
 
 
 class Packed(nn.Module):

@@ -30,9 +30,10 @@ def param_groups(
         "gates": {"params": [], "lr": lr, "weight_decay": 0.0},
     }
     for adapter_name in names_of(model, name):
-        for key, tensor in Adapter(model, adapter_name).named_tensors():
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                b_side = key.rpartition(".")[2] in B_SIDE
-                group = "gates" if tensor.dim() == 1 else "B side" if b_side else "matrices"
-                groups[group]["params"].append(tensor)
+        adapter = Adapter(model, adapter_name)
+        params = [target.params for target in adapter.layers().values()]
+        b_side = {id(tensors[bare]) for tensors in params for bare in B_SIDE if bare in tensors}
+        for tensor in adapter.parameters():
+            group = "gates" if tensor.dim() == 1 else "B side" if id(tensor) in b_side else "matrices"
+            groups[group]["params"].append(tensor)
     return [{"name": group, **fields} for group, fields in groups.items() if fields["params"]]
