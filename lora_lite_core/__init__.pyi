@@ -97,11 +97,14 @@ from .toolbox.coverage import Coverage as Coverage
 from .toolbox.coverage import coverage as coverage
 from .toolbox.dropout import DropoutConfig as DropoutConfig
 from .toolbox.dropout import dropped as dropped
+from .toolbox.gradients import collect_gradients as collect_gradients
 from .toolbox.lowrank import lowrank_delta as lowrank_delta
 from .toolbox.optimizer_groups import param_groups as param_groups
 from .toolbox.rotations import cayley_offset as cayley_offset
 from .toolbox.rotations import skew as skew
 from .toolbox.svd import truncated_svd as truncated_svd
+from .toolbox.training_steps import follow as follow
+from .toolbox.training_steps import penalty as penalty
 from .weights.merging import merge as merge
 from .weights.merging import merged as merged
 

@@ -169,3 +169,23 @@ def test_check_with_a_field_that_does_not_fit(registered: Any, toy: Any) -> None
     done = CliRunner().invoke(cli.main, ["check", "toy", "--set", "layers=1"])
     assert done.exit_code == 1
     assert done.output == "Error: Config(layers=1): share is a number\n"
+
+
+def test_a_file_is_enough(tmp_path: Path) -> None:
+    """It is run, and the command says so."""
+    path = tmp_path / "mine.py"
+    path.write_text((Path(__file__).parent / "variants/vera.py").read_text().replace('"vera"', '"mine"'))
+    try:
+        result = CliRunner().invoke(cli.main, ["check", str(path), "--only", "identity_at_start"])
+        assert result.exit_code == 0, result.output
+        assert f"mine: {path} is run" in result.output
+        assert "mine: 1 of 1 promises kept" in result.output
+        assert ll.get_variant("mine").bench == {"lr": 2e-2}
+    finally:
+        ll.unregister("mine")
+    for text, message in (("1/0", "cannot be run: ZeroDivisionError"), (None, "is no file of a Python module")):
+        other = tmp_path / "other.py"
+        other.write_text(text) if text else other.unlink()
+        result = CliRunner().invoke(cli.main, ["check", str(other)])
+        assert result.exit_code == 1
+        assert message in result.output

@@ -150,8 +150,14 @@ def test_one_module_under_two_names(registered: Any, toy: SimpleNamespace) -> No
     ("constant", "value", "message"),
     [
         ("IDENTITY_ATOL", -1, "IDENTITY_ATOL is -1; give a number from 0"),
-        ("LEARNING_RATE", "fast", "LEARNING_RATE is 'fast'; give a number above 0, for AdamW"),
-        ("LEARNING_RATE", 0, "LEARNING_RATE is 0; give a number above 0, for AdamW"),
+        (
+            "BENCH",
+            {"lr": "fast"},
+            r"BENCH is {'lr': 'fast'}; give a learning rate for AdamW, steps, or both, as in BENCH",
+        ),
+        ("BENCH", {"lr": 0}, "BENCH is {'lr': 0}; give a learning rate"),
+        ("BENCH", {"steps": 1.5}, "BENCH is {'steps': 1.5}; give a learning rate"),
+        ("BENCH", {"rate": 1}, "BENCH is {'rate': 1}; give a learning rate"),
         ("IDENTITY_ATOL", 1e-6, "IDENTITY_ATOL = 1e-06 needs an IDENTITY_REASON"),
         ("AFFINE", "yes", "AFFINE is 'yes'; give True or False"),
     ],

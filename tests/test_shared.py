@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core.attached import tensors as making
+from lora_lite_core.attached.tensors import shared as making
 from lora_lite_core.testing import run_checks
 
 from .models import net, token_ids

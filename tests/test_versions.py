@@ -34,6 +34,8 @@ VERSIONS[3] = VERSIONS[2] | {
     "param_specs": ["d_in", "d_out", "cfg", "layer", "name"],
     "forward_input": ["x", "params", "cfg", "layer", "training"],
     "forward": ["x", "y", "params", "cfg", "layer", "training"],
+    "before_step": ["targets", "cfg", "step"],
+    "penalty": ["params", "cfg"],
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_lite_core.cli import config_fields
+from lora_lite_core.cli import config_fields, variant_at
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Train, save, reload and compare variants on a small language model.")
-@click.argument("variants", nargs=-1)
+@click.argument("variants", nargs=-1, metavar="[VARIANT|FILE.py]...")
 @click.option("--quick", is_flag=True, help="Few steps and problems: a check that all works, not a result.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first run.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Runs per variant.")
-@click.option("--steps", type=click.IntRange(10), help="Training steps.  [default: 120; 30 with --quick]")
-@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant; a module may state its own]")
+@click.option(
+    "--steps",
+    type=click.IntRange(10),
+    help="Training steps.  [default: 120, or a module's own: BENCH; 30 with --quick]",
+)
+@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant; a module states its own: BENCH]")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="The table as an SVG file, too.")
@@ -47,7 +51,7 @@ def bench(
     base: Path | None,
     make_base: bool,
 ) -> None:
-    """Train VARIANTS (default: all installed) on a task that the base model cannot do, and compare them.
+    """Train VARIANTS (default: all installed; FILE.py runs a module's file) on a task that the base model cannot do.
 
     Every variant is attached, trained, scored by exact match of generated answers, saved, reloaded onto a fresh base
     and checked to give the same logits. Needs no network. Prints a table and appends one line per run to results.jsonl.
@@ -74,7 +78,7 @@ def bench(
             if not path.parent.is_dir():
                 raise click.BadParameter(f"folder {path.parent} of {path} does not exist")
         plan = QUICK if quick else Plan()
-        plan = replace(plan, lr=lr, steps=steps or plan.steps, base=(base or plan.base))
+        plan = replace(plan, lr=lr, steps=steps or plan.steps, own_steps=not (steps or quick), base=(base or plan.base))
         results, failures = _run_all(
             variant_names(variants), config_fields(fields), range(seed, seed + seeds), plan, progress, out
         )
@@ -103,7 +107,7 @@ def variant_names(asked: tuple[str, ...]) -> list[str]:
     import lora_lite_core as ll
 
     if asked:
-        return [ll.get_variant(name).name for name in dict.fromkeys(asked)]
+        return [ll.get_variant(variant_at(name)).name for name in dict.fromkeys(asked)]
     return [info.name for info in ll.list_variants() if info.state == "ok"]
 
 
@@ -119,7 +123,7 @@ def _run_all(
 ) -> tuple[list[Result], dict[str, str]]:
     import lora_lite_core as ll
 
-    from .run import config_for, run
+    from .run import config_for, plan_for, run
 
     for name in names:  # a field that does not fit is said before anything is trained
         try:
@@ -130,11 +134,12 @@ def _run_all(
     failures: dict[str, str] = {}
     overall = progress.add_task("runs", total=len(names) * len(seeds))
     for name in names:
+        own = plan_for(name, plan)
         for seed in seeds:
-            bar = progress.add_task(name, total=plan.steps)
+            bar = progress.add_task(name, total=own.steps)
             try:
                 result = run(
-                    name, fields, seed, plan, lambda text, bar=bar: progress.update(bar, advance=1, description=text)
+                    name, fields, seed, own, lambda text, bar=bar: progress.update(bar, advance=1, description=text)
                 )
             except Exception as error:  # one broken plugin must not end the comparison of the others
                 failures[name] = str(error) if isinstance(error, (ll.LoraLiteError, RuntimeError)) else repr(error)
@@ -163,8 +168,10 @@ def _table(results: list[Result], base: dict[str, float], plan: Plan) -> Table:
 
     from .summary import rows
 
+    own = {r.variant: r.plan["steps"] for r in results if r.plan["steps"] != plan.steps}
+    others = "".join(f", {name} {steps}" for name, steps in own.items())
     table = Table(
-        title=f"shifted task, {plan.steps} steps; the base model scores {base['own']:.1%} on its own task "
+        title=f"shifted task, {plan.steps} steps{others}; the base model scores {base['own']:.1%} on its own task "
         f"and {base['shifted']:.1%} on this one",
         caption=f"exact match of generated answers, {plan.test_problems} test problems; ± is one standard error",
         title_style="bold",

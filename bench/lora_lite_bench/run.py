@@ -9,7 +9,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .tasks import problem, problems
 
 # Learning rates for this small model: of those tried the best on the valid split, or the smaller of two within noise
 # (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get
-# their module's own LEARNING_RATE, or DEFAULT_LR.
+# what their module says (BENCH), or DEFAULT_LR.
 LEARNING_RATES = {
     "antipasto": 4e-2,
     "delora": 5e-3,
@@ -52,11 +52,12 @@ CONFIG_FIELDS: dict[str, dict[str, Any]] = {
 class Plan:
     """How long and on what a run trains."""
 
-    steps: int = 120
+    steps: int = 120  # or what the variant's module says, where own_steps
     batch_size: int = 64
     test_problems: int = 1000
     valid_problems: int = 300
     lr: float | None = None
+    own_steps: bool = False
     base: Path = PACKAGED
 
 
@@ -95,6 +96,11 @@ def config_for(variant: str, fields: dict[str, Any]) -> ll.AdapterConfig:
     return ll.LoraLiteConfig(variant=variant, **{**CONFIG_FIELDS.get(variant, {}), **fields})
 
 
+def plan_for(variant: str, plan: Plan) -> Plan:
+    """The plan with the steps that the variant's module asks for, unless the user has said how many."""
+    return replace(plan, steps=int(ll.get_variant(variant).bench.get("steps", plan.steps))) if plan.own_steps else plan
+
+
 def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Callable[[str], None]) -> Result:
     """Everything the table says of one variant. `advance` is called once a training step with a short status.
 
@@ -105,7 +111,7 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     before = weights_hash(model, base_names)
     cfg = config_for(variant, fields)
     found = ll.get_variant(variant)
-    lr = plan.lr or LEARNING_RATES.get(variant) or found.learning_rate or DEFAULT_LR
+    lr = plan.lr or LEARNING_RATES.get(variant) or found.bench.get("lr") or DEFAULT_LR
     result = Result(
         variant,
         cfg.to_dict(),
@@ -133,10 +139,11 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     result.added_macs_per_token = added_macs_per_token(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     scheduler = schedule(optimizer, plan.steps)
+    ll.follow(model, optimizer)
 
     def step(data: dict[str, torch.Tensor]) -> float:
         loss = loss_of(model, data)
-        loss.backward()
+        (loss + ll.penalty(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()

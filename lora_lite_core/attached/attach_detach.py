@@ -8,26 +8,23 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..contract.errors import AdapterNameError, TargetError
 from ..contract.target import Target
-from .forward_hooks import add_target, leaving_no_hook, remove_target, targets_on
-from .records import RECORDS, Record, all_or_nothing, let_pack, present_targets, record_of, records_of
-from .tensors import (
-    Made,
-    SharedTensors,
-    as_made,
-    attribute_name,
-    check_in_place,
-    make_tensors,
-    register_tensor,
-    specs_for,
-    take_fingerprint,
-    weight_version,
-    zeros_for,
+from .forward_hooks import add_target, remove_target, targets_on
+from .records import (
+    RECORDS,
+    Record,
+    all_or_nothing,
+    let_pack,
+    present_targets,
+    record_of,
+    records_of,
+    refuse_half_sharded,
+    remind_to_follow,
 )
+from .tensors.declared import take_fingerprint, weight_version
+from .tensors.placing import Making, remove_tensors
 
 Values = Mapping[str, Mapping[str, Tensor]]  # by target and bare name
 
@@ -115,12 +112,6 @@ def take_off(model: nn.Module, name: str) -> None:
     vars(model)[RECORDS] = replace(records, adapters=left)
 
 
-def remove_tensors(target: Target) -> None:
-    for attribute in target.attributes.values():
-        if hasattr(target.layer, attribute):
-            delattr(target.layer, attribute)
-
-
 def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Target], trainable: bool) -> None:
     """From here on the adapter runs, what is not an adapter is frozen, and the model remembers."""
     first = RECORDS not in vars(model)
@@ -137,6 +128,11 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
         from .base_check import watch_base
 
         records = replace(records, handles=(watch_base(model),))
+    common = [shared.held[shared.attribute] for target in targets for shared in target.shared.values()]
+    wanted = [(remind_to_follow, record.variant.before_step is not None)]
+    wanted += [(refuse_half_sharded, any(tensor.requires_grad for tensor in common))]
+    handles = [model.register_forward_pre_hook(hook) for hook, needed in wanted if needed]
+    records = replace(records, handles=(*records.handles, *handles))
     vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record})
     _freeze(model, record, first)
     made = [tensor for target in targets for tensor in target.params.values()]
@@ -190,56 +186,3 @@ def _unpacking(model: nn.Module) -> Any:
     from ..layers.four_bit_packing import Unpacking
 
     return Unpacking(model)
-
-
-class Making:
-    """The tensors of one adapter while they are made; what a target's `reconfigure` and `drop` act on."""
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.seed = seed
-        self.shared = SharedTensors(model, seed)
-        self.placed: dict[Target, Made] = {}
-
-    def place(self, target: Target, values: Mapping[str, Tensor] | None, *, ready: bool = True) -> None:
-        """Make the tensors of one layer and put them on it; without values for now, for a model on meta."""
-        declared = specs_for(target)
-        specs = {bare: spec for bare, spec in declared.items() if not spec.shared}
-        attributes = {bare: attribute_name(bare, target.adapter) for bare in specs}
-        for attribute in attributes.values():
-            if hasattr(target.layer, attribute):
-                raise AdapterNameError(
-                    f"{target.name} already has an attribute '{attribute}'; give this adapter another name: name='…'"
-                )
-        common = {bare: spec for bare, spec in declared.items() if spec.shared}
-        shared = self.shared.place(target, common, values or {}, ready=ready)
-        own = None if values is None else {bare: value for bare, value in values.items() if bare in specs}
-        made = make_tensors(target, specs, self.seed, own, shared) if ready else zeros_for(target, specs)
-        for bare, attribute in attributes.items():
-            register_tensor(target.layer, attribute, specs[bare], made[bare])
-        target.attributes, target.placing = attributes, self
-        target.saved = tuple(bare for bare, spec in specs.items() if spec.persistent)
-        self.placed[target] = as_made(target.params)
-
-    def place_anew(self, target: Target, cfg: Any) -> None:
-        remove_tensors(target)
-        target.cfg = cfg
-        self.place(target, None)
-        self.shared.release(self.placed)
-
-    def drop(self, target: Target) -> None:
-        remove_tensors(target)
-        target.placing = None
-        del self.placed[target]
-        self.shared.release(self.placed)
-
-    def run_group_init(self, model: nn.Module, record: Record, calibration_data: Any) -> None:
-        if record.variant.group_init is None:
-            return
-        label = f"group_init of variant '{record.variant.name}'"
-        given = {"model": model, "targets": tuple(self.placed), "cfg": record.cfg}
-        with torch.no_grad(), leaving_no_hook(model, label):
-            record.variant.group_init({**given, "calibration_data": calibration_data})
-        if not self.placed:
-            raise TargetError(f"{label} dropped every target; nothing is left to train")
-        for target, made in self.placed.items():
-            check_in_place(f"{label}, on {target.name},", target.params, made)

@@ -17,7 +17,8 @@ from ..layers.layer_kinds import storage_of
 from ..layers.weight_sketch import sketch_distance, sketch_tolerance
 from .model_checks import Reaction
 from .records import record_of, records_of, targets_of
-from .tensors import make_tensors, specs_for, take_fingerprint, weight_version
+from .tensors.declared import specs_for, take_fingerprint, weight_version
+from .tensors.made import make_tensors
 
 Saved = Mapping[str, tuple["list[float] | None", str]]  # by target: fingerprint and storage then
 

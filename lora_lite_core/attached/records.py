@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterNameError, ModelStateError, did_you_mean, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
+from ..layers.layer_kinds import is_a
 from ..layers.rollback import AllOrNothing
 from .forward_hooks import targets_on
 
 RECORDS = "_lora_lite_adapters"
+REMINDER = (
+    "acts before every optimizer step, and was trained without: call ll.follow(model, optimizer) once, after the "
+    "optimizer is made"
+)
 
 
 @dataclass
@@ -43,6 +50,10 @@ class Record:
     layers: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()  # attributes of the model: tensors that several layers share
     whole: dict[str, Whole] = field(default_factory=dict)  # by full name: what `train_modules` trains
+    step: int = 0  # of the optimizer that `follow` was given
+    follower: object = None  # the hook of that optimizer
+    reminded: bool = False  # of `follow`
+    versions: int | None = None  # torch's count of writes to what is trained, at the last forward in training mode
     blocks: dict[object, str] = field(default_factory=dict)  # "disabled" or "merged" for every with-block we are in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +64,7 @@ class Record:
                 f"a copy made inside `with {block}(model)` would keep the base's {next(iter(self.whole))} in the place "
                 "of the trained one; leave that block first"
             )
-        return {**vars(self), "blocks": {}}
+        return {**vars(self), "blocks": {}, "follower": None, "versions": None}
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,44 @@ def targets_of(model: nn.Module, name: str) -> dict[str, Target]:
             f"  detach(model, '{name}') takes the rest of it off; change the model first, then attach or load"
         )
     return {path: target for path, target in found.items() if target is not None}
+
+
+def _written(model: nn.Module, name: str) -> int:
+    """Torch's count of writes to what the adapter trains."""
+    targets = (target for target in present_targets(model, name).values() if target is not None)
+    return sum(t._version for target in targets for t in target.params.values() if t.requires_grad)
+
+
+def trained_without_follow(model: nn.Module, name: str) -> bool:
+    """Whether an adapter that acts before every optimizer step has changed since a forward pass in training mode, and
+    no optimizer is followed."""
+    record = record_of(model, name)
+    return record.follower is None and record.versions not in (None, _written(model, name))
+
+
+def remind_to_follow(model: nn.Module, *_: Any) -> None:
+    """A forward pre-hook of the model: warns once, at the first training step after one that was not followed."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    for name, record in records_of(model).adapters.items():
+        if record.variant.before_step is not None and record.ready:
+            if trained_without_follow(model, name) and not record.reminded:
+                record.reminded = True
+                warnings.warn(f"adapter '{name}' ({record.variant.name}) {REMINDER}", stacklevel=3)
+            record.versions = _written(model, name)
+
+
+def refuse_half_sharded(model: nn.Module, *_: Any) -> None:
+    """A forward pre-hook of a model on which layers share trained tensors: FSDP2 would not reduce their gradients."""
+    if torch.compiler.is_compiling() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if not is_a(model, "FSDPModule") and any(is_a(module, "FSDPModule") for module in model.modules()):
+        shared = [one for record in records_of(model).adapters.values() for one in record.shared]
+        raise ModelStateError(
+            f"parts of the model are sharded and the {type(model).__name__} itself is not, which holds "
+            f"{listed(shared, 3)} for several layers: its gradient would not be reduced; shard the model, too: "
+            "fully_shard(model)"
+        )
 
 
 def all_or_nothing(model: nn.Module, undo: Callable[[], object] | None = None) -> AllOrNothing:

@@ -123,19 +123,21 @@ def inspect(subject: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("name", metavar="VARIANT")
+@click.argument("name", metavar="VARIANT|FILE.py")
 @click.option("--set", "pairs", multiple=True, metavar="FIELD=VALUE", help="A config field, as in --set block_size=8.")
 @click.option("--only", multiple=True, metavar="CHECK", help="Run this check alone; may be repeated.")
 @click.option("--expect", multiple=True, metavar="CHECK", help="A check that is known to fail, and must.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> None:
-    """Check that VARIANT keeps every promise of the library (the conformance kit). r is 4 unless it is set."""
+    """Check that VARIANT, or the one in a module's FILE, which is run, keeps every promise of the library (the
+    conformance kit). r is 4 unless it is set."""
     from ..contract.config import RankConfig
     from ..contract.errors import ConfigError
     from ..discovery.registry import get_variant
     from ..testing import run_checks
     from ..testing.runner import CHECKS, tensors_of
 
+    name = variant_at(name)
     Config = get_variant(name).Config
     rank: dict[str, Any] = {"r": 4} if issubclass(Config, RankConfig) else {}
     given = {**rank, **config_fields(pairs)}
@@ -209,6 +211,17 @@ def export(file: Path, base: str, directory: Path, rank: int | None, tol: float,
         click.echo(f"written: {directory}")
     else:
         click.echo(export_lora(model, directory, tol=tol, rank=rank, dtype=dtype))
+
+
+def variant_at(subject: str) -> str:
+    """The name of a variant, or of the one that the module in a file is: such a file is run, and that is said."""
+    if not subject.endswith(".py"):
+        return subject
+    from ..discovery.registry import register
+
+    name = register(subject).name
+    click.echo(f"{plain(name)}: {plain(subject)} is run", err=True)
+    return name
 
 
 def config_fields(pairs: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The contract of a variant: six functions, each marked `@hookimpl`, each naming only the arguments it needs.
+"""The contract of a variant: up to ten functions, each marked `@hookimpl`, each naming only the arguments it needs.
 
 Two are required: `param_specs`, and `forward` or `forward_input`. Two more are for methods that PEFT has, too.
 Shapes: x is (..., d_in), y is (..., d_out).
@@ -16,6 +16,7 @@ params            {name: tensor} of this layer and adapter, named as in `param_s
 name              the layer's dotted name, as in "model.layers.0.self_attn.q_proj"
 generator         a CPU torch.Generator, seeded from the seed of `attach`, the layer's name and "init"
 model             the whole model, the adapter's tensors on it but not yet running
+step              how many optimizer steps the adapter has been through, 0 at the first; saved, and goes on after `load`
 targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, reconfigure(r=…), drop()
 calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
 x                 (..., d_in), what the frozen layer receives; any leading shape, also empty; any floating dtype
@@ -29,7 +30,7 @@ Constants that a module may hold:
 Config            required: the config class, as in `Config = MyConfig`
 AFFINE            False when the adapted layer is not affine in x, so that it cannot be merged or exported; default True
 IDENTITY_ATOL     largest deviation of a fresh adapter from the identity in float32; default 0.0, bit for bit
-LEARNING_RATE     what AdamW trains it well with, for benchmarks of methods they do not know; default None
+BENCH             what `lora-lite bench` trains it well with: a learning rate for AdamW, steps, or both: {"lr": 5e-3}
 IDENTITY_REASON   one sentence that says why it is not 0; required beside IDENTITY_ATOL
 """
 
@@ -83,6 +84,19 @@ def forward(
 ) -> Tensor:  # type: ignore[empty-body]
     """The new output (not the delta), same shape and dtype as y; x is what the frozen layer received. What is
     random in training is drawn from torch's global generator."""
+
+
+@hookspec(firstresult=True)
+def before_step(targets: tuple[Target, ...], cfg: AdapterConfig, step: int) -> None:
+    """Once before each step of an optimizer that `ll.follow` was given, under no_grad, over all layers. The gradients
+    are there, in `.grad`, and may be rewritten; tensors are changed in place and keep their shapes (a rank is masked,
+    not cut). State of the schedule is in tensors of `param_specs` and in `step`, so that it is saved."""
+
+
+@hookspec(firstresult=True)
+def penalty(params: dict[str, Tensor], cfg: AdapterConfig) -> Tensor:  # type: ignore[empty-body]
+    """A layer's term of the loss, a scalar with a gradient; `ll.penalty(model)` adds up those of all layers. Its weight
+    is a field of the config."""
 
 
 @hookspec(firstresult=True)

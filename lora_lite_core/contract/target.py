@@ -58,11 +58,12 @@ class Target:
     enabled: bool = True  # False inside disabled() and merged()
     folded: bool = False  # True inside merged(): the layer's weight has the adapter in it
     placing: Placing | None = None  # while group_init runs
+    seen: Params | None = None  # what `params` gives instead, in before_step: sharded tensors as whole ones
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The adapter's tensors on this layer by bare name; to be filled in place."""
-        return Params(self.params_on(self.layer))
+        return Params(self.params_on(self.layer)) if self.seen is None else self.seen
 
     def params_on(self, layer: nn.Module) -> dict[str, Tensor]:
         """The same of a layer that may be a replica of this one; read anew at every call."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from .config import AdapterConfig
 
-HOOKS = ("param_specs", "init", "group_init", "forward_input", "forward", "fingerprint", "to_peft", "from_peft")
+HOOKS = (
+    "param_specs", "init", "group_init", "forward_input", "forward", "before_step", "penalty", "fingerprint",
+    "to_peft", "from_peft",
+)  # fmt: skip
 
 
 class Hook:
@@ -43,12 +46,14 @@ class Variant:
         self.affine: bool = getattr(namespace, "AFFINE", True)
         self.identity_atol: float = getattr(namespace, "IDENTITY_ATOL", 0.0)
         self.identity_reason: str = getattr(namespace, "IDENTITY_REASON", "")
-        self.learning_rate: float | None = getattr(namespace, "LEARNING_RATE", None)
+        self.bench: Mapping[str, float] = getattr(namespace, "BENCH", {})
         self.param_specs = hooks["param_specs"]
         self.init = hooks.get("init")
         self.group_init = hooks.get("group_init")
         self.forward_input = hooks.get("forward_input")
         self.forward = hooks.get("forward")
+        self.before_step = hooks.get("before_step")
+        self.penalty = hooks.get("penalty")
         self.fingerprint = hooks.get("fingerprint")
         self.to_peft = hooks.get("to_peft")
         self.from_peft = hooks.get("from_peft")

@@ -162,8 +162,12 @@ def _check_constants(label: str, namespace: Any) -> None:
         raise BrokenPlugin(
             f"{label}: IDENTITY_ATOL = {atol} needs an IDENTITY_REASON, one sentence that says why not 0"
         )
-    rate = getattr(namespace, "LEARNING_RATE", None)
-    if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
-        raise BrokenPlugin(f"{label}: LEARNING_RATE is {rate!r}; give a number above 0, for AdamW")
+    bench = getattr(namespace, "BENCH", {})
+    numbers = isinstance(bench, dict) and all(isinstance(v, (int, float)) and 0 < v < math.inf for v in bench.values())
+    if not numbers or not bench.keys() <= {"lr", "steps"} or not isinstance(bench.get("steps", 1), int):
+        raise BrokenPlugin(
+            f"{label}: BENCH is {bench!r}; give a learning rate for AdamW, steps, or both, as in "
+            'BENCH = {"lr": 5e-3, "steps": 200}'
+        )
     if not isinstance(getattr(namespace, "AFFINE", True), bool):
         raise BrokenPlugin(f"{label}: AFFINE is {namespace.AFFINE!r}; give True or False")

@@ -31,6 +31,7 @@ class AdapterFile:
     targets  {layer: {"d_in", "d_out", "storage", "overrides": {…}, "fingerprint": […] or None}}
     tensors  {key: (dtype as safetensors writes it, shape)}
     size     of the file in bytes
+    step     how many optimizer steps its variant has followed
     """
 
     path: Path
@@ -42,6 +43,7 @@ class AdapterFile:
     plugin: dict[str, str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     size: int = 0
+    step: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -52,6 +54,7 @@ class AdapterFile:
             "plugin": self.plugin,
             "core_version": self.core_version,
             "seed": self.seed,
+            "step": self.step,
             "targets": self.targets,
             "tensors": {key: {"dtype": dtype, "shape": list(shape)} for key, (dtype, shape) in self.tensors.items()},
         }
@@ -136,7 +139,9 @@ def _checked(fields: Any) -> dict[str, Any]:
     fields = typed("adapter", fields, dict)
     for name, kind in _FIELDS.items():
         typed(name, fields.get(name), kind)
-    if unknown := fields.keys() - _FIELDS.keys():
+    if typed("step", fields.setdefault("step", 0), int) < 0:
+        raise ValueError(f"step is {fields['step']}")
+    if unknown := fields.keys() - _FIELDS.keys() - {"step"}:
         raise ValueError(f"unknown fields {listed(sorted(unknown), 4)}")
     if not is_variant_name(fields["variant"]):
         raise ValueError(f"variant is {fields['variant']!r}, which is no variant's name")

@@ -21,7 +21,7 @@ from ..attached.model_checks import (
 )
 from ..attached.records import Record, Whole, check_name, check_one_owner
 from ..attached.targeting import located
-from ..attached.tensors import shared_key, specs_for
+from ..attached.tensors.declared import shared_key, specs_for
 from ..contract.config import AdapterConfig, changed_by_file, config_from_file
 from ..contract.errors import (
     AdapterFileError,
@@ -90,7 +90,7 @@ def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) ->
     check_has_weights(targets)
     if trainable:
         check_behaviour(targets)
-    return Record(variant, cfg, file.seed), targets
+    return Record(variant, cfg, file.seed, step=file.step), targets
 
 
 def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 
 from importlib_metadata import version
 from torch import Tensor, nn
 
 from ..attached.model_checks import check_not_sharded
-from ..attached.records import Record, check_outside, record_of, records_of, targets_of
+from ..attached.records import (
+    REMINDER,
+    Record,
+    check_outside,
+    record_of,
+    records_of,
+    targets_of,
+    trained_without_follow,
+)
 from ..contract.config import overrides
 from ..contract.errors import (
     AdapterFileError,
@@ -37,6 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.base_check import warn_if_stale
 
         warn_if_stale(model, name, stacklevel=3)
+    if trained_without_follow(model, name):
+        warnings.warn(f"adapter '{name}' ({record.variant.name}) {REMINDER}", stacklevel=2)
     file = real_path(path)  # a link stays a link
     if file.suffix != ".safetensors":
         raise AdapterFileError(
@@ -79,4 +90,6 @@ def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
         "core_version": version("lora-lite-core"),
         "plugin": {"distribution": record.variant.distribution, "version": record.variant.version},
     }
+    if record.step:
+        adapter["step"] = record.step
     return {"format": FORMAT, "format_version": str(FORMAT_VERSION), "adapter": json.dumps(adapter)}

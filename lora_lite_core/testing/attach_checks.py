@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..attached.tensors import specs_for
+from ..attached.tensors.declared import specs_for
 from ..contract.config import AdapterConfig
 from ..contract.target import Target
 from ..discovery.registry import LoraLiteConfig

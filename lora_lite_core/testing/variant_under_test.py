@@ -16,6 +16,7 @@ from ..contract.config import AdapterConfig
 from ..contract.errors import CalibrationError
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
+from ..toolbox.training_steps import follow, penalty
 
 
 class CheckFailed(AssertionError):
@@ -148,10 +149,11 @@ def train(subject: Subject, model: nn.Module, adapter: Adapter, steps: int, lr: 
     x = subject.x(dtype=dtype)
     goal = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
+    follow(model, optimizer)
     losses = []
     for _ in range(steps):
         loss = (model(x) - goal).float().square().mean()
-        loss.backward()
+        (loss + penalty(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

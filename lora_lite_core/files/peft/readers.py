@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attached.targeting import located
-from ...attached.tensors import specs_for
+from ...attached.tensors.declared import specs_for
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.text import normal, plain, told

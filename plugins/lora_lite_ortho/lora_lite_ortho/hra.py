@@ -9,7 +9,8 @@ keeps the published norm, and below a learning rate of 1e-3 it wants float32 (th
 2 r d_in + r² multiply-accumulates per token.
 
 Yuan, Liu, Xu: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024
-(NeurIPS), arXiv:2405.17484. The input-sided form of the paper; `orthogonality_loss` is its regulariser.
+(NeurIPS), arXiv:2405.17484. The input-sided form of the paper. Its regulariser, orthogonality · ‖I − Û Ûᵀ‖_F a
+layer, is what `ll.penalty` adds; it is not zero at the paired start.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite_core import Adapter, ConfigError, ParamSpec, RankConfig, hookimpl
+from lora_lite_core import ConfigError, ParamSpec, RankConfig, hookimpl
 
 from . import _peft
 
@@ -31,12 +32,19 @@ IDENTITY_REASON = "pairs of reflections cancel only up to rounding: about one un
 
 @dataclass(frozen=True, kw_only=True)
 class HRAConfig(RankConfig):
-    """Config of HRA; r is the number of reflections, an even one."""
+    """Config of HRA; r is the number of reflections, an even one.
+
+    orthogonality  weight of the regulariser, 0 for none; 1e-4 in the authors' code
+    """
 
     variant = "hra"
 
+    orthogonality: float = 0.0
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.orthogonality, (int, float)) or not self.orthogonality >= 0:
+            raise ConfigError(f"HRAConfig(orthogonality={self.orthogonality!r}): a weight is a number from 0")
         for r in (self.r, *self.rank_pattern.values()):
             if r % 2:
                 raise ConfigError(f"HRAConfig(r={r}): reflections start in pairs, so r must be even; use {r + 1}")
@@ -75,17 +83,10 @@ def forward_input(x: Tensor, params: dict[str, Tensor]) -> Tensor:
         return (z.to(x.dtype) @ U).add_(x)
 
 
-def orthogonality_loss(adapter: Adapter) -> Tensor:
-    """Σ over layers of ‖I − Û Ûᵀ‖_F, a scalar to add to the loss with a small weight (1e-4 in the authors' code).
-
-    Zero when all reflections of a layer are orthogonal; not zero at the paired start. Raises ConfigError for an adapter
-    of another variant.
-    """
-    if adapter.record.variant.name != "hra":
-        raise ConfigError(f"orthogonality_loss is for adapters of variant 'hra', not '{adapter.record.variant.name}'")
-    losses = []
-    for name, tensor in adapter.named_tensors():
-        if name.endswith(".lora_U"):
-            U = _unit_rows(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
-            losses.append(torch.linalg.matrix_norm(torch.eye(len(U), dtype=U.dtype, device=U.device) - U @ U.T))
-    return torch.stack(losses).sum()
+@hookimpl
+def penalty(params: dict[str, Tensor], cfg: HRAConfig) -> Tensor:
+    U = params["lora_U"]
+    if not cfg.orthogonality:
+        return U.new_zeros(())
+    U = _unit_rows(U.to(torch.promote_types(U.dtype, torch.float32)))
+    return cfg.orthogonality * torch.linalg.matrix_norm(torch.eye(len(U), dtype=U.dtype, device=U.device) - U @ U.T)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from lora_lite_ortho.hra import orthogonality_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,18 +77,20 @@ def test_odd_ranks() -> None:
         ll.HRAConfig(alpha=2)
 
 
-def test_orthogonality_loss() -> None:
+def test_the_regulariser_is_what_penalty_adds() -> None:
     model = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, D_IN))
-    adapter = ll.attach(model, ll.HRAConfig(r=2))
-    start = orthogonality_loss(adapter)
-    torch.testing.assert_close(start, torch.tensor(2 * math.sqrt(2.0)))  # pairs are parallel: I − [[1,1],[1,1]], twice
+    ll.attach(model, ll.HRAConfig(r=2, orthogonality=0.5))
+    start = ll.penalty(model)
+    torch.testing.assert_close(start, torch.tensor(math.sqrt(2.0)))  # pairs are parallel: I − [[1,1],[1,1]], twice ½
     start.backward()
     for layer in model:
+        assert layer.lora_U.grad is not None
         layer.lora_U.data = torch.eye(2, layer.in_features)
-    assert float(orthogonality_loss(adapter).detach()) == 0
-    other = ll.attach(model, ll.LoRAConfig(), name="other")
-    with pytest.raises(ll.ConfigError, match="orthogonality_loss is for adapters of variant 'hra', not 'lora'"):
-        orthogonality_loss(other)
+    assert float(ll.penalty(model).detach()) == 0
+    ll.attach(model, ll.LoRAConfig(), name="other")
+    assert float(ll.penalty(model, "other")) == 0
+    with pytest.raises(ll.ConfigError, match=r"HRAConfig\(orthogonality=-1\): a weight is a number from 0"):
+        ll.HRAConfig(orthogonality=-1)
 
 
 def test_parity_with_peft() -> None:

@@ -1,0 +1,1 @@
+"""The tensors of one adapter: declared, made, put on layers and on the model."""

@@ -1,0 +1,83 @@
+"""What a variant declares for a layer: its specs, the names, dtypes and seeds of its tensors, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.config import AdapterConfig
+from ...contract.errors import BrokenPlugin, LoraLiteError
+from ...contract.param_spec import ParamSpec
+from ...contract.target import Target
+from ...layers.layer_kinds import layer_dtype
+
+
+def specs_for(target: Target) -> dict[str, ParamSpec]:
+    """The checked parameter specs of one layer. What the variant raises is raised with the layer's name before it."""
+    sizes = {"d_in": target.d_in, "d_out": target.d_out}
+    given = {**sizes, "cfg": target.cfg, "layer": target.layer, "name": target.name}
+    try:
+        specs = target.variant.param_specs(given)
+    except LoraLiteError as error:  # a variant refuses a layer; it does not know its name
+        raise type(error)(f"{target.name}: {error}") from error
+    label = f"param_specs of variant '{target.variant.name}' for {target.name}"
+    if not isinstance(specs, Mapping) or not all(isinstance(spec, ParamSpec) for spec in specs.values()):
+        raise BrokenPlugin(f"{label} returned {specs!r}; return a dict of name: ParamSpec(…)")
+    if not specs:
+        raise BrokenPlugin(f"{label} returned no tensor; an adapter has at least one")
+    for bare in specs:
+        if not bare.startswith("lora_") or not bare.isidentifier() or "__" in bare:
+            raise BrokenPlugin(
+                f"{label} names a tensor '{bare}'; names start with lora_, are identifiers and have no __"
+            )
+    return dict(specs)
+
+
+def attribute_name(bare: str, adapter: str) -> str:
+    """`lora_A` on the layer for "default", `lora_A__style` for "style"."""
+    return bare if adapter == "default" else f"{bare}__{adapter}"
+
+
+def shared_key(spec: ParamSpec) -> str:
+    """The name of a shared tensor in files, and on the model where the adapter is the default one: `lora_A_64x256`."""
+    return f"lora_{spec.shared}_{'x'.join(map(str, spec.shape))}"
+
+
+def tensor_dtype(spec: ParamSpec, cfg: AdapterConfig, layer: nn.Module) -> torch.dtype:
+    if spec.dtype is not None:
+        return spec.dtype
+    if cfg.dtype is not None:
+        return getattr(torch, str(cfg.dtype))
+    return torch.float64 if layer_dtype(layer) == torch.float64 else torch.float32
+
+
+def generator_for(seed: int, target: Target, tensor: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and these names alone: not on order, device, process or other targets.
+
+    The adapter's name is one of them, so that two adapters start differently; "default" is left out, as it always was.
+    """
+    words = [str(seed), target.name, tensor, *([] if target.adapter == "default" else [target.adapter])]
+    digest = hashlib.sha256("\n".join(words).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def take_fingerprint(target: Target) -> list[float] | None:
+    """What the adapter assumes about this layer, as plain floats for a file's header."""
+    if target.variant.fingerprint is None:
+        return None
+    with torch.no_grad():
+        value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
+    if value is not None and not isinstance(value, Tensor):
+        raise BrokenPlugin(
+            f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
+        )
+    return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]
+
+
+def weight_version(layer: nn.Module) -> int:
+    """How often torch has seen the layer's weight written in place."""
+    weight = layer._parameters.get("weight")
+    return -1 if weight is None else weight._version
