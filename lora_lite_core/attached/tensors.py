@@ -223,12 +223,12 @@ def shared_key(spec: ParamSpec) -> str:
     return f"lora_{spec.shared}_{'x'.join(map(str, spec.shape))}"
 
 
+@torch.no_grad()
 def take_fingerprint(target: Target) -> list[float] | None:
     """What the adapter assumes about this layer, as plain floats for a file's header."""
     if target.variant.fingerprint is None:
         return None
-    with torch.no_grad():
-        value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
+    value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
     if value is not None and not isinstance(value, Tensor):
         raise BrokenPlugin(
             f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
