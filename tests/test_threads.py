@@ -197,6 +197,15 @@ def test_a_forward_pass_that_an_operation_overtakes(name: str, thread: Thread, t
     assert not wrong, f"{len(wrong)} of {counted.number} forward passes\n" + "\n".join(wrong[:10])
 
 
+def test_a_tensor_that_was_removed_from_the_layer_is_missed() -> None:
+    """What has not been taken off must run, or say why not."""
+    model: Any = frozen()
+    ll.attach(model, LORA)
+    del model.first.lora_B
+    with pytest.raises(AttributeError, match="lora_B"):
+        output(model)
+
+
 def differs(function: Callable[[], Tensor], expected: Tensor) -> str:
     try:
         found = function()
