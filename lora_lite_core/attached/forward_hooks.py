@@ -125,7 +125,7 @@ def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any =
 def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: Tensor | None) -> Tensor:
     try:
         params = target.params_on(layer)
-    except (AttributeError, KeyError):  # KeyError: torch looks twice, whether it is there and for it
+    except (AttributeError, KeyError):  # KeyError: of shared ones, and between two looks of torch
         if target in targets_on(layer):
             raise
         return x if y is None else y  # taken off by another thread during this call
