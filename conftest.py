@@ -5,6 +5,7 @@ import os
 # The matrices of the tests are small: more threads are no faster, and on a busy machine twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,23 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests import four_bit
 
         four_bit.force(packing == "on")
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain at the end that their objects are left
+
+
+@pytest.fixture(autouse=True)
+def small_heap() -> None:
+    """What has been imported is no place to look for models: attach searches the heap for what holds the model when
+    something was compiled, or a 4-bit layer made, and with transformers and PEFT in it a search takes 0.2 s."""
+    if len(sys.modules) != _heap["modules"]:
+        gc.collect()
+        gc.freeze()
+        _heap["modules"] = len(sys.modules)
+
+
+_heap = {"modules": 0}  # how many there were at the last freeze
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from importlib_metadata import Distribution
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ import lora_lite as ll
 
 from .interrupting import Case, Operation, check
 from .small import X, base, conv1d, observed, quantised, trained
+from .whole_state import differences, process, restore
 
 TARGETS = ("first", "second")
 LORA = ll.LoRAConfig(r=2, target_names=TARGETS)
@@ -147,7 +149,10 @@ CASES: dict[str, Case] = {
     "save, train_modules": saving(WHOLE),
     "import_peft": importing(LORA),
 }
-FAST = ("attach", "load", "detach, the last of two", "disabled, one", "disabled, train_modules", "save", "initialize")
+FAST = (
+    "attach", "attach, hra", "attach, on meta", "load", "save", "save, a new file", "initialize",
+    *(name for name in CASES if name.startswith(("detach", "disabled"))),
+)  # fmt: skip
 SLOW: dict[str, Case] = {
     "attach, pissa": attaching(base, PISSA),
     "attach, eva": attaching(base, ll.EVAConfig(r=2, target_names=TARGETS), calibration_data=[X.repeat(8, 1)]),
@@ -192,3 +197,47 @@ def test_an_interrupted_operation_has_happened_or_not(
     monkeypatch.setattr(gc, "get_referrers", lambda *_: [])
     monkeypatch.setattr(gc, "get_objects", lambda *_: [])
     check({**CASES, **SLOW}[name], tmp_path)
+
+
+def a_hook_is_interrupted(entered: list[bool]) -> Callable[..., Any]:
+    """As it leaves its own with-block, which has then been entered for good."""
+
+    def hook(**_: Any) -> None:
+        if entered:
+            torch.autocast("cpu", dtype=torch.float16).__enter__()
+            torch.no_grad().__enter__()
+            raise KeyboardInterrupt
+
+    return hook
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["outside of autocast", "in autocast"])
+@pytest.mark.parametrize("at", ["init", "forward"])
+def test_modes_that_a_variant_has_not_left(at: str, outside: bool, toy: Any, registered: Any) -> None:
+    """Autocast a level too deep would keep its cache of cast weights for ever."""
+    entered: list[bool] = []
+    interrupt = a_hook_is_interrupted(entered)
+
+    @ll.hookimpl
+    def init(params: dict[str, Tensor]) -> None:
+        interrupt()
+
+    @ll.hookimpl
+    def forward(y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        interrupt()
+        return y + params["lora_h"].to(y.dtype)
+
+    setattr(toy, at, {"init": init, "forward": forward}[at])
+    registered(toy, name="toy")
+    model = base()
+    if at == "forward":
+        ll.attach(model, toy.Config(target_names=TARGETS))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+        entered.append(True)
+        before = process()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ll.attach(model, toy.Config(target_names=TARGETS)) if at == "init" else ll.merge(model)
+            assert differences(process(), before) == ""
+        finally:
+            restore(before)

@@ -43,8 +43,10 @@ def thread() -> Iterator[Thread]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without searches of the heap for what holds the model (a compiled one, an enclosing one): here nothing does."""
+    """Without searches of the heap for what holds the model (a compiled one, an enclosing one: here nothing does), or
+    for a 4-bit layer beside it."""
     monkeypatch.setattr(gc, "get_referrers", lambda *_: [])
+    monkeypatch.setattr(gc, "get_objects", lambda *_: [])
 
 
 @torch.no_grad()
@@ -173,7 +175,6 @@ def test_whatever_an_operation_is_at_the_base_is_served(name: str, thread: Threa
 MEANWHILE = [name for name in SERVED if name not in ("save", "merge elsewhere", "coverage", "attach, check_inputs")]
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MEANWHILE)
 def test_a_forward_pass_that_an_operation_overtakes(name: str, thread: Thread, tmp_path: Path) -> None:
     """Before every line of a forward pass, in torch's code and ours, another thread does the whole operation."""
@@ -194,6 +195,15 @@ def test_a_forward_pass_that_an_operation_overtakes(name: str, thread: Thread, t
         if what := differs(lambda model=model: Lines(visit, HOOKS_OF_TORCH).run(lambda: output(model)), expected):
             wrong.append(f"{at} {where}: {what}")
     assert not wrong, f"{len(wrong)} of {counted.number} forward passes\n" + "\n".join(wrong[:10])
+
+
+def test_a_tensor_that_was_removed_from_the_layer_is_missed() -> None:
+    """What has not been taken off must run, or say why not."""
+    model: Any = frozen()
+    ll.attach(model, LORA)
+    del model.first.lora_B
+    with pytest.raises(AttributeError, match="lora_B"):
+        output(model)
 
 
 def differs(function: Callable[[], Tensor], expected: Tensor) -> str:

@@ -18,7 +18,7 @@ from ..layers.weight_sketch import sketch_distance, sketch_tolerance
 from .model_checks import Reaction
 from .records import record_of, records_of, targets_of
 from .tensors.declared import specs_for, take_fingerprint, weight_version
-from .tensors.made import make_tensors
+from .tensors.made import copy_values, make_tensors
 
 Saved = Mapping[str, tuple["list[float] | None", str]]  # by target: fingerprint and storage then
 
@@ -63,9 +63,7 @@ def refresh(model: nn.Module, name: str, reaction: Reaction) -> list[str]:
     check_base(f"adapter '{name}'", targets.values(), saved, reaction)
     changed = {path: new for path, target in targets.items() if (new := _changes(model, target))}
     for path, new in changed.items():
-        with torch.no_grad():
-            for bare, tensor in new.items():
-                targets[path].params_on(targets[path].layer)[bare].copy_(tensor)
+        copy_values(new, targets[path].params_on(targets[path].layer))
     for target in targets.values():
         target.fingerprint, target.storage = take_fingerprint(target), storage_of(target.layer)
         target.base_version = weight_version(target.layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from types import BuiltinFunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +15,26 @@ _HELD = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+class Modes:
+    """Whether this thread records gradients and is in autocast, to be put back when a call fails: an interrupt while a
+    with-block is being left, a variant's as well as ours, would leave the process in it."""
+
+    def __init__(self) -> None:
+        kinds = {"cpu", (torch.accelerator.current_accelerator() or torch.device("cpu")).type}
+        known = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in known]
+        self._grad, self._depth = torch.is_grad_enabled(), _autocast_depth()
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self._grad)
+        for kind, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        for _ in range(_autocast_depth() - self._depth):
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
 
 
 class AllOrNothing:
@@ -32,7 +52,7 @@ class AllOrNothing:
             (module, module.training, set(module._non_persistent_buffers_set), _ours(module)) for module in modules
         ]
         self._flags = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *also)]
-        self._grad = torch.is_grad_enabled()
+        self._modes = Modes()
 
     def __enter__(self) -> None:
         pass
@@ -42,7 +62,7 @@ class AllOrNothing:
             self.restore()
 
     def restore(self) -> None:
-        torch.set_grad_enabled(self._grad)
+        self._modes.restore()
         for held, keys, values in self._held:
             if tuple(held) != keys or any(now is not then for now, then in zip(held.values(), values, strict=True)):
                 held.clear()
@@ -58,6 +78,12 @@ class AllOrNothing:
             tensor.requires_grad = flag
         if self._undo is not None:
             self._undo()
+
+
+def _autocast_depth() -> int:
+    """Torch tells it only when it changes: up and down again in one step of Python, where no interrupt can come."""
+    up_and_down: tuple[Any, Any] = (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)
+    return list(map(BuiltinFunctionType.__call__, up_and_down))[1]
 
 
 def _contents(module: nn.Module) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...]]]:

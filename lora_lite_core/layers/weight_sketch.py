@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_kinds import layer_device, sizes_of
-from .weight_reading import base_forward, plain_weight, probe
+from .weight_reading import base_forward, plain_weight, probe, within
 
 SKETCH_SIZE = 16  # projections of a sketch
 
@@ -24,7 +24,7 @@ def sketch(layer: nn.Module) -> Tensor:
     rows = _cosines(SKETCH_SIZE, d_in, (math.sqrt(5) - 1) / 2).to(device)
     columns = _cosines(SKETCH_SIZE, d_out, math.sqrt(2) - 1).to(device)
     if (weight := plain_weight(layer)) is not None:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with within(torch.no_grad(), torch.autocast(device.type, enabled=False)):
             images = rows @ weight.T.to(rows.dtype)
     else:
         with probe(layer, bias=False) as (twin, zero):

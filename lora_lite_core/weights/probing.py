@@ -13,6 +13,7 @@ from ..attached.forward_hooks import targets_on
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
 from ..layers.layer_kinds import layer_device
+from ..layers.rollback import Modes
 from ..layers.weight_reading import PROBE_ROWS, base_forward, bias_of, dense_weight
 
 AFFINE_TOLERANCE = 1e-6  # relative; affine variants stay below 1e-12, a tanh of size 1e-3 shows as 2e-5
@@ -45,7 +46,12 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
     params = [_params(name, target, layer, device) for target in targets]
     # As a decorator, so that no interrupt comes between the end of a with-block and its leaving.
-    return torch.autocast(device.type, enabled=False)(_probed)(name, layer, targets, params, device)
+    modes = Modes()
+    try:
+        return torch.autocast(device.type, enabled=False)(_probed)(name, layer, targets, params, device)
+    except BaseException:
+        modes.restore()
+        raise
 
 
 def _probed(

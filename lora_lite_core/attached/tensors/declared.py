@@ -64,12 +64,12 @@ def generator_for(seed: int, target: Target, tensor: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@torch.no_grad()
 def take_fingerprint(target: Target) -> list[float] | None:
     """What the adapter assumes about this layer, as plain floats for a file's header."""
     if target.variant.fingerprint is None:
         return None
-    with torch.no_grad():
-        value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
+    value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
     if value is not None and not isinstance(value, Tensor):
         raise BrokenPlugin(
             f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
