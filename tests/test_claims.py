@@ -109,7 +109,7 @@ def test_a_stranger_that_claims_a_command(site: Path, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setenv(switch, value)
             done = CliRunner().invoke(cli.main, ["bench", "--help"])
-            assert done.output.startswith("Usage: main bench [OPTIONS] [VARIANTS]"), value
+            assert done.output.startswith("Usage: main bench [OPTIONS] [VARIANT|FILE.py]"), value
     monkeypatch.setenv("LORA_LITE_BLOCK", "lora-lite-evil,lora-lite-bench")
     done = CliRunner().invoke(cli.main, ["bench"])
     assert "is blocked by LORA_LITE_BLOCK=lora-lite-evil,lora-lite-bench" in done.output

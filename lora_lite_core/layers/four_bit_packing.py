@@ -93,6 +93,19 @@ def unpack(layer: nn.Module) -> None:
             _Change(name, found, after).put(after)
 
 
+def read_bitsandbytes(layer: Any) -> Tensor | None:
+    """The dense weight of a 4-bit or 8-bit layer, (d_out, d_in), by bitsandbytes' own functions; None where it has not
+    been quantised yet, or is rearranged."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight, state = layer.weight, getattr(layer, "state", None)
+    if is_a(layer, "bitsandbytes.Linear4bit"):
+        packed = getattr(weight, "quant_state", None) is None or _is_packed(layer)
+        return None if packed else functional.dequantize_4bit(weight.data, weight.quant_state)
+    codes, scales = (getattr(weight, key, None) for key in ("CB", "SCB"))
+    codes, scales = (getattr(state, "CB", None), getattr(state, "SCB", None)) if scales is None else (codes, scales)
+    return None if codes is None or scales is None else functional.int8_vectorwise_dequant(codes, scales)
+
+
 @dataclass
 class _Weight:
     codes: Tensor

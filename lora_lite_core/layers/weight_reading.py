@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .four_bit_packing import unpack
+from .four_bit_packing import read_bitsandbytes, unpack
 from .layer_kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
 from .twins import Twins
 
@@ -25,12 +25,21 @@ def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
 def dense_weight(layer: nn.Module) -> Tensor:
     """The layer's weight as a (d_out, d_in) tensor that must not be written.
 
-    The weight itself for a plain nn.Linear or Conv1D; every other linear-like layer (4-bit, 8-bit, parametrised …) is
-    probed: a twin of it, in eval mode and without its bias, is run on identity blocks. Exact, whatever the storage; the
-    layer itself is not touched. Costs d_in rows through the layer.
+    The weight itself for a plain nn.Linear or Conv1D. What bitsandbytes, torchao, HQQ and quanto store is unpacked by
+    their own functions, once these have given the same as probing for a layer of that kind in this process: cheap
+    enough for every forward pass. Every other linear-like layer (parametrised, of a class of its own) is probed: a twin
+    of it, in eval mode and without its bias, is run on identity blocks, which costs d_in rows through it. Exact,
+    whatever the storage; the layer itself is not touched. In `forward`, where it is multiplied by something trained, one
+    dense weight a layer is kept for backward.
     """
     if (weight := plain_weight(layer)) is not None:
         return weight
+    if (weight := _unpacked(layer)) is not None:
+        return weight
+    return _probed(layer)
+
+
+def _probed(layer: nn.Module) -> Tensor:
     d_in, d_out = sizes_of(layer)
     with probe(layer, bias=False) as (twin, zero):
         weight = zero.new_empty(d_out, d_in)
@@ -40,6 +49,41 @@ def dense_weight(layer: nn.Module) -> Tensor:
             rows[:, start:].fill_diagonal_(1)
             weight[:, start : start + len(rows)] = (base_forward(twin, rows) - at_zero).T
     return weight
+
+
+@torch.no_grad()
+def _unpacked(layer: nn.Module) -> Tensor | None:
+    """The weight by the storage's own function, where there is one that has been found to be right; else None."""
+    if "parametrizations" in layer._modules:  # its weight is computed, and statistics of it would move on
+        return None
+    kind = (type(layer), type(getattr(layer, "weight", None)), storage_of(layer))
+    if _UNPACKS.get(kind, True) is False or (weight := _by_its_own_function(layer)) is None:
+        return None
+    weight = weight.to(probe_dtype(layer))
+    if kind not in _UNPACKS and not torch.compiler.is_compiling():
+        probed = _probed(layer)
+        same = weight.shape == probed.shape and torch.allclose(
+            weight, probed, rtol=0, atol=0.01 * float(probed.abs().max())
+        )
+        _UNPACKS[kind] = same
+        return weight if same else None
+    return weight
+
+
+_UNPACKS: dict[tuple[type, type, str], bool] = {}  # by class of layer, of weight, and storage
+
+
+def _by_its_own_function(layer: Any) -> Tensor | None:
+    storage = storage_of(layer)
+    if storage == "dense":
+        return None
+    if storage.startswith("bnb"):
+        return read_bitsandbytes(layer)
+    holder = layer if hasattr(layer, "dequantize") else getattr(layer, "weight", None)
+    dequantize: Callable[[], Tensor] | None = getattr(holder, "dequantize", None)
+    if dequantize is None or type(holder) in (nn.Parameter, Tensor):
+        return None
+    return dequantize()
 
 
 def bias_of(layer: nn.Module) -> Tensor:
