@@ -17,6 +17,7 @@ from .attached.adapter import (
 from .attached.adapter import (
     disabled as disabled,
 )
+from .attached.model_hooks.calls import context as context
 from .contract.config import AdapterConfig as AdapterConfig
 from .contract.config import LowRankConfig as LowRankConfig
 from .contract.config import RankConfig as RankConfig

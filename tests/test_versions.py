@@ -32,8 +32,8 @@ VERSIONS = {
 VERSIONS[2] = VERSIONS[1] | {"to_peft": ["params", "cfg", "layer"], "from_peft": ["config", "tensors", "layer"]}
 VERSIONS[3] = VERSIONS[2] | {
     "param_specs": ["d_in", "d_out", "cfg", "layer", "name"],
-    "forward_input": ["x", "params", "cfg", "layer", "training"],
-    "forward": ["x", "y", "params", "cfg", "layer", "training"],
+    "forward_input": ["x", "params", "cfg", "layer", "training", "context"],
+    "forward": ["x", "y", "params", "cfg", "layer", "training", "context"],
     "before_step": ["targets", "cfg", "step"],
     "penalty": ["params", "cfg"],
 }

@@ -119,7 +119,7 @@ class Adapter:
         if not self.record.ready:
             raise ModelStateError(f"adapter '{self.name}' has no values yet; call initialize() first")
         check_outside(self.model, "merged")
-        from .base_check import refresh
+        from .model_hooks.base_check import refresh
 
         return refresh(self.model, self.name, on_base_mismatch)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract.target import Target
 from .forward_hooks import add_target, remove_target, targets_on
+from .model_hooks.wanted import add_hooks
 from .records import (
     RECORDS,
     Record,
@@ -20,8 +21,6 @@ from .records import (
     present_targets,
     record_of,
     records_of,
-    refuse_half_sharded,
-    remind_to_follow,
 )
 from .tensors.declared import take_fingerprint, weight_version
 from .tensors.placing import Making, remove_tensors
@@ -122,17 +121,8 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
         if record.ready:
             target.fingerprint, target.base_version = take_fingerprint(target), weight_version(target.layer)
         add_target(target)
+    add_hooks(model, record, targets)
     records = records_of(model)
-    takes_from_base = any(target.fingerprint or len(target.saved) < len(target.attributes) for target in targets)
-    if takes_from_base and not records.handles:
-        from .base_check import watch_base
-
-        records = replace(records, handles=(watch_base(model),))
-    common = [shared.held[shared.attribute] for target in targets for shared in target.shared.values()]
-    wanted = [(remind_to_follow, record.variant.before_step is not None)]
-    wanted += [(refuse_half_sharded, any(tensor.requires_grad for tensor in common))]
-    handles = [model.register_forward_pre_hook(hook) for hook, needed in wanted if needed]
-    records = replace(records, handles=(*records.handles, *handles))
     vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record})
     _freeze(model, record, first)
     made = [tensor for target in targets for tensor in target.params.values()]
@@ -173,7 +163,7 @@ def _release(model: nn.Module) -> None:
     for name in records.frozen:
         if name in parameters:
             parameters[name].requires_grad = True
-    for handle in records.handles:
+    for handle in records.handles.values():
         handle.remove()
     let_pack(model, records.unpacked, True)
     vars(model).pop(RECORDS)

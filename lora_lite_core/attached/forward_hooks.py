@@ -142,6 +142,8 @@ def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: 
             )
         break
     given = {"x": x, "y": y, "params": params, "cfg": target.cfg, "layer": layer, "training": layer.training}
+    if target.calls is not None:
+        given["context"] = target.calls.current(f"variant '{target.variant.name}' on {target.name}")
     result = hook(given)
     if not isinstance(result, Tensor):
         raise BrokenPlugin(

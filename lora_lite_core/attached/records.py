@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterNameError, ModelStateError, did_you_mean, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
-from ..layers.layer_kinds import is_a
 from ..layers.rollback import AllOrNothing
 from .forward_hooks import targets_on
 
 RECORDS = "_lora_lite_adapters"
-REMINDER = (
-    "acts before every optimizer step, and was trained without: call ll.follow(model, optimizer) once, after the "
-    "optimizer is made"
-)
 
 
 @dataclass
@@ -74,7 +67,8 @@ class Records:
     adapters: dict[str, Record] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()  # names of parameters
     unpacked: tuple[str, ...] = ()  # names of 4-bit layers whose packing flag was on
-    handles: tuple[Any, ...] = ()
+    handles: Mapping[str, Any] = field(default_factory=dict)  # by what the hook is for
+    calls: Any = None  # what the model is called with (`Calls`), where an adapter asks for it
 
 
 def records_of(model: nn.Module) -> Records:
@@ -124,44 +118,6 @@ def targets_of(model: nn.Module, name: str) -> dict[str, Target]:
             f"  detach(model, '{name}') takes the rest of it off; change the model first, then attach or load"
         )
     return {path: target for path, target in found.items() if target is not None}
-
-
-def _written(model: nn.Module, name: str) -> int:
-    """Torch's count of writes to what the adapter trains."""
-    targets = (target for target in present_targets(model, name).values() if target is not None)
-    return sum(t._version for target in targets for t in target.params.values() if t.requires_grad)
-
-
-def trained_without_follow(model: nn.Module, name: str) -> bool:
-    """Whether an adapter that acts before every optimizer step has changed since a forward pass in training mode, and
-    no optimizer is followed."""
-    record = record_of(model, name)
-    return record.follower is None and record.versions not in (None, _written(model, name))
-
-
-def remind_to_follow(model: nn.Module, *_: Any) -> None:
-    """A forward pre-hook of the model: warns once, at the first training step after one that was not followed."""
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
-        return
-    for name, record in records_of(model).adapters.items():
-        if record.variant.before_step is not None and record.ready:
-            if trained_without_follow(model, name) and not record.reminded:
-                record.reminded = True
-                warnings.warn(f"adapter '{name}' ({record.variant.name}) {REMINDER}", stacklevel=3)
-            record.versions = _written(model, name)
-
-
-def refuse_half_sharded(model: nn.Module, *_: Any) -> None:
-    """A forward pre-hook of a model on which layers share trained tensors: FSDP2 would not reduce their gradients."""
-    if torch.compiler.is_compiling() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if not is_a(model, "FSDPModule") and any(is_a(module, "FSDPModule") for module in model.modules()):
-        shared = [one for record in records_of(model).adapters.values() for one in record.shared]
-        raise ModelStateError(
-            f"parts of the model are sharded and the {type(model).__name__} itself is not, which holds "
-            f"{listed(shared, 3)} for several layers: its gradient would not be reduced; shard the model, too: "
-            "fully_shard(model)"
-        )
 
 
 def all_or_nothing(model: nn.Module, undo: Callable[[], object] | None = None) -> AllOrNothing:

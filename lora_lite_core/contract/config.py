@@ -66,6 +66,9 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for known in fields(self):  # JSON has lists alone
+            if isinstance(known.default, tuple) and isinstance(value := getattr(self, known.name), list):
+                self._set(known.name, tuple(value))
         for name in ("target_names", "exclude_names", "target_roles", "train_modules"):
             self._set(name, _strings(self, name))
         if self.dtype is not None:

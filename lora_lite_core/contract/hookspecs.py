@@ -16,6 +16,7 @@ params            {name: tensor} of this layer and adapter, named as in `param_s
 name              the layer's dotted name, as in "model.layers.0.self_attn.q_proj"
 generator         a CPU torch.Generator, seeded from the seed of `attach`, the layer's name and "init"
 model             the whole model, the adapter's tensors on it but not yet running
+context           {name: value}: what the whole model was called with, and what `with ll.context(model, …)` adds
 step              how many optimizer steps the adapter has been through, 0 at the first; saved, and goes on after `load`
 targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, reconfigure(r=…), drop()
 calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
@@ -74,13 +75,26 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: AdapterConfig
 
 
 @hookspec(firstresult=True)
-def forward_input(x: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module, training: bool) -> Tensor:  # type: ignore[empty-body]
+def forward_input(
+    x: Tensor,
+    params: dict[str, Tensor],
+    cfg: AdapterConfig,
+    layer: nn.Module,
+    training: bool,
+    context: Mapping[str, Any],
+) -> Tensor:  # type: ignore[empty-body]
     """The new input of the frozen layer, same shape and dtype as x."""
 
 
 @hookspec(firstresult=True)
 def forward(
-    x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module, training: bool
+    x: Tensor,
+    y: Tensor,
+    params: dict[str, Tensor],
+    cfg: AdapterConfig,
+    layer: nn.Module,
+    training: bool,
+    context: Mapping[str, Any],
 ) -> Tensor:  # type: ignore[empty-body]
     """The new output (not the delta), same shape and dtype as y; x is what the frozen layer received. What is
     random in training is drawn from torch's global generator."""

@@ -58,6 +58,7 @@ class Target:
     enabled: bool = True  # False inside disabled() and merged()
     folded: bool = False  # True inside merged(): the layer's weight has the adapter in it
     placing: Placing | None = None  # while group_init runs
+    calls: Any = None  # what the model is called with, for variants that ask for it
     seen: Params | None = None  # what `params` gives instead, in before_step: sharded tensors as whole ones
 
     @property

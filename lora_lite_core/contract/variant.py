@@ -62,6 +62,10 @@ class Variant:
     def takes_calibration(self) -> bool:
         return self.group_init is not None and "calibration_data" in self.group_init.argnames
 
+    def asks(self, argument: str) -> bool:
+        """Whether forward or forward_input names this argument."""
+        return any(argument in hook.argnames for hook in (self.forward, self.forward_input) if hook)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
         return self
 

@@ -67,7 +67,7 @@ def load(
         expected = _expected(file, targets, base)
         saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
         if any(fingerprint for fingerprint, _ in saved.values()):
-            from ..attached.base_check import check_base
+            from ..attached.model_hooks.base_check import check_base
 
             check_base(plain(file.path), targets, saved, on_base_mismatch)
         tensors = opened.read()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 
 from importlib_metadata import version
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 
 from ..attached.model_checks import check_not_sharded
 from ..attached.records import (
-    REMINDER,
     Record,
     check_outside,
     record_of,
     records_of,
     targets_of,
-    trained_without_follow,
 )
 from ..contract.config import overrides
 from ..contract.errors import (
@@ -42,12 +39,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         check_outside(model)  # the trained modules are not in their place there
     check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
     targets = targets_of(model, name)
-    if records_of(model).handles:  # something was taken from the base
-        from ..attached.base_check import warn_if_stale
+    if "base" in records_of(model).handles:  # something was taken from the base
+        from ..attached.model_hooks.base_check import warn_if_stale
 
         warn_if_stale(model, name, stacklevel=3)
-    if trained_without_follow(model, name):
-        warnings.warn(f"adapter '{name}' ({record.variant.name}) {REMINDER}", stacklevel=2)
+    if record.variant.before_step is not None:
+        from ..attached.model_hooks.training import remind
+
+        remind(model, name, stacklevel=3)
     file = real_path(path)  # a link stays a link
     if file.suffix != ".safetensors":
         raise AdapterFileError(

@@ -29,8 +29,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     their own functions, once these have given the same as probing for a layer of that kind in this process: cheap
     enough for every forward pass. Every other linear-like layer (parametrised, of a class of its own) is probed: a twin
     of it, in eval mode and without its bias, is run on identity blocks, which costs d_in rows through it. Exact,
-    whatever the storage; the layer itself is not touched. In `forward`, where it is multiplied by something trained, one
-    dense weight a layer is kept for backward.
+    whatever the storage; the layer itself is not touched. In `forward`, where it is multiplied by something trained,
+    one dense weight a layer is kept for backward.
     """
     if (weight := plain_weight(layer)) is not None:
         return weight

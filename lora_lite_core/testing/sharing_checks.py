@@ -31,7 +31,7 @@ def check_reads_what_it_is_given(s: Subject) -> None:
         target = targets_on(layer)[0]
         x = s.x(4) if layer is not model.down else torch.randn(4, s.sizes[1])
         params = target.params_on(layer)
-        given: dict[str, Any] = {"params": params, "cfg": target.cfg, "layer": layer, "training": False}
+        given: dict[str, Any] = {"params": params, "cfg": target.cfg, "layer": layer, "training": False, "context": {}}
         with torch.no_grad():
             given |= {"x": x, "y": layer.forward(x)}
             for hook in (target.variant.forward_input, target.variant.forward):

@@ -93,8 +93,7 @@ class Subject:
         self.calibration = calibration
         self.identity_tol = self.variant.identity_atol if identity_tol is None else identity_tol
         self.sizes = sizes
-        hooks = (self.variant.forward, self.variant.forward_input)
-        self.asks_for_training = any("training" in hook.argnames for hook in hooks if hook)
+        self.asks_for_training = self.variant.asks("training")
 
     @functools.cached_property
     def attaches(self) -> bool:

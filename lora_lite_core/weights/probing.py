@@ -37,6 +37,11 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
     adapted layer is not affine in x; ModelStateError when an adapter is switched off or has no values yet.
     """
     for target in targets:
+        if target.variant.asks("context"):
+            raise MergeError(
+                f"{name} with '{target.adapter}' ({target.variant.name}) computes another thing with every call of the "
+                "model (it asks for its context); it cannot be merged or exported, only run"
+            )
         if not target.variant.affine:
             raise MergeError(
                 f"{name} with '{target.adapter}' ({target.variant.name}) is not affine in its input, as the variant "

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.errors import AdapterNameError, TargetError
+from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
 from ..forward_hooks import leaving_no_hook
 from ..records import Record
 from .declared import attribute_name, specs_for
 from .made import Made, as_made, check_in_place, make_tensors, register_tensor, zeros_for
-from .shared import SharedTensors
 
 
 def remove_tensors(target: Target) -> None:
@@ -27,8 +27,8 @@ class Making:
     """The tensors of one adapter while they are made; what a target's `reconfigure` and `drop` act on."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        self.seed = seed
-        self.shared = SharedTensors(model, seed)
+        self.model, self.seed = model, seed
+        self.shared: Any = None  # made where a spec is shared
         self.placed: dict[Target, Made] = {}
 
     def place(self, target: Target, values: Mapping[str, Tensor] | None, *, ready: bool = True) -> None:
@@ -42,7 +42,7 @@ class Making:
                     f"{target.name} already has an attribute '{attribute}'; give this adapter another name: name='…'"
                 )
         common = {bare: spec for bare, spec in declared.items() if spec.shared}
-        shared = self.shared.place(target, common, values or {}, ready=ready)
+        shared = self._place_shared(target, common, values or {}, ready) if common else {}
         own = None if values is None else {bare: value for bare, value in values.items() if bare in specs}
         made = make_tensors(target, specs, self.seed, own, shared) if ready else zeros_for(target, specs)
         for bare, attribute in attributes.items():
@@ -51,17 +51,30 @@ class Making:
         target.saved = tuple(bare for bare, spec in specs.items() if spec.persistent)
         self.placed[target] = as_made(target.params)
 
+    def _place_shared(
+        self, target: Target, specs: Mapping[str, ParamSpec], values: Mapping[str, Tensor], ready: bool
+    ) -> Mapping[str, Tensor]:
+        from .shared import SharedTensors
+
+        self.shared = self.shared or SharedTensors(self.model, self.seed)
+        made: Mapping[str, Tensor] = self.shared.place(target, specs, values, ready=ready)
+        return made
+
+    def _release_shared(self) -> None:
+        if self.shared is not None:
+            self.shared.release(self.placed)
+
     def place_anew(self, target: Target, cfg: Any) -> None:
         remove_tensors(target)
         target.cfg = cfg
         self.place(target, None)
-        self.shared.release(self.placed)
+        self._release_shared()
 
     def drop(self, target: Target) -> None:
         remove_tensors(target)
         target.placing = None
         del self.placed[target]
-        self.shared.release(self.placed)
+        self._release_shared()
 
     def run_group_init(self, model: nn.Module, record: Record, calibration_data: Any) -> None:
         if record.variant.group_init is None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract.errors import BaseMismatch, listed
-from ..contract.target import Target
-from ..contract.text import count
-from ..layers.layer_kinds import storage_of
-from ..layers.weight_sketch import sketch_distance, sketch_tolerance
-from .model_checks import Reaction
-from .records import record_of, records_of, targets_of
-from .tensors.declared import specs_for, take_fingerprint, weight_version
-from .tensors.made import copy_values, make_tensors
+from ...contract.errors import BaseMismatch, listed
+from ...contract.target import Target
+from ...contract.text import count
+from ...layers.layer_kinds import storage_of
+from ...layers.weight_sketch import sketch_distance, sketch_tolerance
+from ..model_checks import Reaction
+from ..records import record_of, records_of, targets_of
+from ..tensors.declared import specs_for, take_fingerprint, weight_version
+from ..tensors.made import copy_values, make_tensors
 
 Saved = Mapping[str, tuple["list[float] | None", str]]  # by target: fingerprint and storage then
 
