@@ -117,7 +117,10 @@ def test_pattern_that_matches_only_the_head() -> None:
 
 def test_pattern_that_matches_no_linear_layer() -> None:
     message = refusal(ll.UnsupportedLayer, net(), target_names=("embed_tokens",), exclude_names=())
-    assert "target_names: 'embed_tokens' matches no linear layer, only embed_tokens (Embedding)" in message
+    assert (
+        "target_names: 'embed_tokens' matches no linear layer and no convolution, only embed_tokens (Embedding)"
+        in message
+    )
 
 
 def test_exclude_pattern_that_matches_nothing() -> None:
@@ -181,9 +184,9 @@ def test_offloaded_layer() -> None:
     assert "the weight of layers.0.up_proj is offloaded by accelerate" in refusal(ll.UnsupportedLayer, model)
 
 
-@pytest.mark.parametrize("kind", ["Conv1d", "Bilinear"])
+@pytest.mark.parametrize("kind", ["ConvTranspose1d", "Bilinear"])
 def test_other_layers_are_not_linear(kind: str) -> None:
-    layer = nn.Conv1d(4, 4, 1) if kind == "Conv1d" else nn.Bilinear(4, 4, 4)
+    layer = nn.ConvTranspose1d(4, 4, 1) if kind == "ConvTranspose1d" else nn.Bilinear(4, 4, 4)
     message = refusal(
         ll.UnsupportedLayer, nn.ModuleDict({"special": layer, "fc": nn.Linear(4, 4)}), target_names=("special",)
     )

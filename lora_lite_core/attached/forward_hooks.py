@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..contract.errors import BrokenPlugin, ModelStateError, UnsupportedLayer
 from ..contract.target import Target
 from ..contract.variant import Hook
+from ..layers.convolution import channels_first, channels_last, flat_weight, is_convolution, patches
 from ..layers.layer_kinds import input_name
 
 STATE = "_lora_lite"
@@ -29,6 +30,7 @@ class LayerState:
     x_name: str  # how the layer's forward calls its input, for layer(input=x)
     targets: tuple[Target, ...] = ()
     handles: dict[str, Any] = field(default_factory=dict)
+    convolves: bool = False  # then one hook, on the output, does the work of both
 
 
 def state_of(layer: nn.Module) -> LayerState | None:
@@ -57,8 +59,8 @@ def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
     layer meanwhile: a hook appears in one step, when all that it needs is there, and is gone before that is."""
     state = state_of(layer)
     handles, new = dict(state.handles) if state else {}, {}
-    for side, (held, with_kwargs, hook) in _sides(layer).items():
-        wanted = any(getattr(target.variant, hook) for target in targets)
+    for side, (held, with_kwargs, served) in _sides(layer).items():
+        wanted = any(getattr(target.variant, hook) for target in targets for hook in served)
         if wanted and side not in handles:
             handles[side] = new[side] = RemovableHandle(held, extra_dict=with_kwargs)
             with_kwargs[handles[side].id] = True
@@ -67,16 +69,20 @@ def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
     if not targets:
         delattr(layer, STATE)
         return
-    setattr(layer, STATE, LayerState(state.x_name if state else input_name(layer), targets, handles))
+    x_name = state.x_name if state else input_name(layer)
+    setattr(layer, STATE, LayerState(x_name, targets, handles, is_convolution(layer)))
     for side, handle in new.items():
         _sides(layer)[side][0][handle.id] = before_forward if side == "input" else after_forward
 
 
-def _sides(layer: nn.Module) -> dict[str, tuple[Any, Any, str]]:
-    """Torch's hooks of a layer, those of them that get keyword arguments, and the hook of a variant that they serve."""
+def _sides(layer: nn.Module) -> dict[str, tuple[Any, Any, tuple[str, ...]]]:
+    """Torch's hooks of a layer, those of them that get keyword arguments, and a variant's hooks that they serve."""
+    on_input, on_output = ("forward_input",), ("forward",)
+    if is_convolution(layer):
+        on_input, on_output = (), ("forward_input", "forward")
     return {
-        "input": (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, "forward_input"),
-        "output": (layer._forward_hooks, layer._forward_hooks_with_kwargs, "forward"),
+        "input": (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, on_input),
+        "output": (layer._forward_hooks, layer._forward_hooks_with_kwargs, on_output),
     }
 
 
@@ -116,10 +122,31 @@ def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any =
             f"a {type(layer).__name__} returned a {type(y).__name__}, not a tensor, and cannot carry adapters; "
             "detach, then leave it out with exclude_names"
         )
+    if state.convolves:
+        return _convolve(state, layer, x, y)
     for target in state.targets:
         if target.enabled and target.variant.forward is not None:
             y = _run(target.variant.forward, "forward", layer, target, x, y)
     return y
+
+
+def _convolve(state: LayerState, layer: Any, image: Tensor, y: Tensor) -> Tensor:
+    """The same of a convolution, which is a linear layer on the patches of its input. What an adapter changes in them
+    is run through the weight on its own, so that no change leaves y bit for bit."""
+    targets = [target for target in state.targets if target.enabled]
+    if not targets:
+        return y
+    x, y = patches(layer, image), channels_last(layer, y)
+    seen = x
+    for target in targets:
+        if target.variant.forward_input is not None:
+            x = _run(target.variant.forward_input, "forward_input", layer, target, x, None)
+    if x is not seen:
+        y = y + nn.functional.linear(x - seen, flat_weight(layer)).to(y.dtype)
+    for target in targets:
+        if target.variant.forward is not None:
+            y = _run(target.variant.forward, "forward", layer, target, x, y)
+    return channels_first(layer, y)
 
 
 def _run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: Tensor | None) -> Tensor:

@@ -129,7 +129,7 @@ def check_behaviour(targets: Iterable[Target]) -> None:
     unusual = [t for t in targets if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
     if not unusual:
         return
-    from ..layers.suitability import misbehaviour
+    from ..layers.dry_run import misbehaviour
 
     for target in {(type(t.layer), storage_of(t.layer)): t for t in unusual}.values():
         if why := misbehaviour(target.layer):

@@ -12,7 +12,8 @@ from ..contract.config import AdapterConfig
 from ..contract.errors import TargetError, UnsupportedLayer, closest, listed
 from ..contract.target import Target
 from ..contract.variant import Variant
-from ..layers.layer_kinds import is_a, layer_sizes, storage_of
+from ..layers.convolution import is_convolution
+from ..layers.layer_kinds import is_a, layer_sizes, storage_of, target_sizes
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
@@ -26,7 +27,10 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     layers that cannot carry an adapter.
     """
     linear = linear_layers(model)
-    if layer_sizes(model) is not None:
+    if cfg.target_names:  # by name alone
+        linear = {**linear, **convolutions(model)}
+        linear = {name: linear[name] for name, _ in model.named_modules() if name in linear}
+    if target_sizes(model) is not None:
         raise TargetError(
             f"the model is itself a {type(model).__name__}; wrap it, as in nn.Sequential(layer), so that it has a name"
         )
@@ -58,17 +62,27 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if name and layer_sizes(layer) is not None}
 
 
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution that an adapter can go on where it is named."""
+    return {name: layer for name, layer in model.named_modules() if name and is_convolution(layer)}
+
+
 def located(name: str, layer: nn.Module, cfg: AdapterConfig, variant: Variant, adapter: str) -> Target:
     """A target, without tensors yet, whose layer is checked to be one that an adapter can go on."""
-    sizes = layer_sizes(layer)
+    sizes = target_sizes(layer)
     if sizes is None:
-        raise UnsupportedLayer(f"{name} is a {type(layer).__name__}, which is not a linear layer")
+        raise UnsupportedLayer(f"{name} is a {type(layer).__name__}, which is not a linear layer or a convolution")
     check_layer(name, layer)
     return Target(name, layer, *sizes, cfg, variant, adapter, storage=storage_of(layer))
 
 
 def check_layer(name: str, layer: nn.Module) -> None:
     """Raise UnsupportedLayer for a linear layer on which an adapter would silently do nothing or go wrong."""
+    if is_convolution(layer) and layer.groups != 1:
+        raise UnsupportedLayer(
+            f"{name} is a {type(layer).__name__} with groups={layer.groups}, whose patches do not go through one "
+            f"weight; add exclude_names=(…, '{name.rpartition('.')[2]}')"
+        )
     if is_a(layer, "NonDynamicallyQuantizableLinear"):
         raise UnsupportedLayer(
             f"{name} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so that an "
@@ -145,7 +159,7 @@ def _by_pattern(
         if other := {name: m for name, m in model.named_modules() if name and re.search(pattern, name)}:
             kinds = [f"{name} ({type(m).__name__})" for name, m in other.items()]
             raise UnsupportedLayer(
-                f"target_names: {pattern!r} matches no linear layer, only {listed(kinds)}\n"
+                f"target_names: {pattern!r} matches no linear layer and no convolution, only {listed(kinds)}\n"
                 f"  linear layers here: {listed(_last_names(allowed), 20)}"
             )
         raise TargetError(
@@ -176,7 +190,7 @@ def _by_role(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, nn.Module])
             f"target_roles={cfg.target_roles} needs model.config.hidden_size, which {type(model).__name__} has not; "
             "use target_names"
         )
-    roles = {name: role_of(name, *(layer_sizes(layer) or (0, 0)), hidden) for name, layer in chosen.items()}
+    roles = {name: role_of(name, *(target_sizes(layer) or (0, 0)), hidden) for name, layer in chosen.items()}
     if unknown := [name for name, role in roles.items() if role == "unknown"]:
         raise TargetError(
             f"target_roles={cfg.target_roles}: the role of {listed(unknown)} cannot be told "

@@ -1,4 +1,5 @@
-"""A dry run: which layers a model really calls, so that adapters that would never act are found."""
+"""Dry runs: which layers a model really calls, so that adapters that would never act are found; and whether a layer of
+an unusual class can carry any."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..contract.errors import TargetError, listed
 from ..contract.text import count
+from .layer_kinds import sizes_of
 from .twins import Twins
-from .weight_reading import within
+from .weight_reading import base_forward, probe, within
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,3 +80,25 @@ def _random_numbers_kept(model: nn.Module) -> Generator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+def misbehaviour(layer: nn.Module) -> str:
+    """Why a frozen layer of an unusual class cannot carry adapters, as a clause, or "": a twin is tried on two rows."""
+    draws = torch.randn(3, sizes_of(layer)[0], generator=torch.Generator().manual_seed(0))
+    with probe(layer, bias=True) as (twin, zero):
+        rows = draws.to(zero)
+        rows[2] = rows[0] + rows[1]
+        with torch.enable_grad():
+            rows.requires_grad_()
+            images: object = base_forward(twin, rows)
+            if not isinstance(images, Tensor):
+                return f"returns a {type(images).__name__}, not a tensor"
+            if images.requires_grad:
+                images.sum().backward(inputs=[rows])
+            if rows.grad is None:
+                return (
+                    "passes no gradient to its input, so that adapters on it and before it would silently not be "
+                    "trained (a weight-only quantisation, or bitsandbytes, does)"
+                )
+        rest = images[0] + images[1] - base_forward(twin, zero)[0] - images[2]
+        return "" if rest.norm() <= 0.1 * images[2].norm() else "is not affine in its input"

@@ -10,6 +10,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .convolution import convolution_sizes, is_convolution
+
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear-like layer, None for any other module.
@@ -83,11 +85,16 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def is_usual(layer: nn.Module) -> bool:
     """Of a class that is known to be affine, to return a tensor, and to pass gradients."""
-    return is_plain(layer) or is_conv1d(layer) or storage_of(layer).startswith("bnb")
+    return is_plain(layer) or is_conv1d(layer) or is_convolution(layer) or storage_of(layer).startswith("bnb")
+
+
+def target_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of whatever can carry an adapter: linear-like layers, and convolutions as layers on patches."""
+    return convolution_sizes(layer) if is_convolution(layer) else layer_sizes(layer)
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
-    sizes = layer_sizes(layer)
+    sizes = target_sizes(layer)
     assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
     return sizes
 

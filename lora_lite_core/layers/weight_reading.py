@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .convolution import flat_weight, is_convolution
 from .four_bit_packing import read_bitsandbytes, unpack
 from .layer_kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
 from .twins import Twins
@@ -17,7 +18,10 @@ PROBE_ROWS = 256  # identity rows per block when a weight is probed
 
 
 def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """The frozen layer alone, without any hook: x (..., d_in) → (..., d_out), bias included."""
+    """The frozen layer alone, without any hook: x (..., d_in) → (..., d_out), bias included; of a convolution x are
+    patches."""
+    if is_convolution(layer):
+        return nn.functional.linear(x, flat_weight(layer), layer.bias)
     forward: Callable[[Tensor], Tensor] = layer.forward
     return forward(x)
 
@@ -97,10 +101,12 @@ def bias_of(layer: nn.Module) -> Tensor:
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight as (d_out, d_in) where the layer is of a kind that can be looked at, else None."""
-    weight: Any = layer.weight if is_plain(layer) or is_conv1d(layer) else None
-    if weight is None:
-        return None
-    return weight.detach() if is_plain(layer) else weight.detach().T
+    if is_plain(layer):
+        return layer.weight.detach()
+    if is_convolution(layer):
+        return flat_weight(layer).detach()
+    weight: Any = layer.weight if is_conv1d(layer) else None
+    return None if weight is None else weight.detach().T
 
 
 @contextmanager

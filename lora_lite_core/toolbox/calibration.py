@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
+from ..layers.convolution import is_convolution, patches
 from ..layers.layer_kinds import input_name
 from ..layers.twins import Twins
 
@@ -143,7 +144,9 @@ class _Collector:
         self.seen.append((x, target.name))
         if target.name not in self.found:
             self.found[target.name] = self.make(target)
-        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+        layer = target.layer
+        rows = patches(layer, x.detach()) if is_convolution(layer) else x.detach()
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
         if self.mask is not None and self.mask.numel() == len(rows):
             rows = rows[self.mask.to(rows.device).flatten().bool()]
         self.found[target.name].add(rows)

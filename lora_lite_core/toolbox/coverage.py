@@ -12,7 +12,7 @@ from ..attached.targeting import linear_layers
 from ..contract.errors import listed
 from ..contract.text import count
 from ..layers.dry_run import called_layers
-from ..layers.layer_kinds import layer_sizes
+from ..layers.layer_kinds import target_sizes
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
     adapters = records_of(model).adapters.values()
     targets = dict.fromkeys(name for record in adapters for name in record.layers)
     linear = linear_layers(model)
+    linear |= {name: model.get_submodule(name) for name in targets if name not in linear}  # convolutions
     called = called_layers(model, linear, args, inputs)
     sizes = {name: _size(layer) for name, layer in linear.items()}
     held = {id(p) for name in linear for p in linear[name].parameters()}
@@ -77,5 +78,5 @@ def coverage(model: nn.Module, *args: Any, **inputs: Any) -> Coverage:
 
 def _size(layer: nn.Module) -> int:
     """Weights of a linear layer whatever way they are stored."""
-    d_in, d_out = layer_sizes(layer) or (0, 0)
+    d_in, d_out = target_sizes(layer) or (0, 0)
     return d_in * d_out + (d_out if getattr(layer, "bias", None) is not None else 0)

@@ -16,6 +16,7 @@ from ..attached.model_checks import check_attachable
 from ..attached.records import all_or_nothing, names_of, present_targets, record_of, targets_of
 from ..attached.train_modules import current, place, put_trained, tensor_at
 from ..contract.errors import MergeError, ModelStateError
+from ..layers.convolution import is_convolution
 from ..layers.layer_kinds import is_conv1d, storage_of
 from ..layers.twins import twin_of
 from ..layers.weight_reading import base_forward
@@ -156,6 +157,8 @@ def _fold(path: str, layer: nn.Module, found: AffineMap, dtype: torch.dtype) -> 
     weight, bias = found.weight.to(dtype), found.bias.to(dtype)
     if is_conv1d(layer):
         weight = weight.T.contiguous()
+    if is_convolution(layer):
+        weight = weight.reshape(layer.weight.shape)
     return Fold(path, layer, weight, bias if getattr(layer, "bias", None) is not None or bias.any() else None)
 
 
@@ -204,7 +207,7 @@ def _verify(fold: Fold) -> None:
     """Run the layer on the new weight: a class whose forward does more than multiply would show here."""
     twin = twin_of(fold.layer)
     _put(replace(fold, layer=twin))
-    weight = fold.weight.T if is_conv1d(fold.layer) else fold.weight
+    weight = fold.weight.T if is_conv1d(fold.layer) else fold.weight.flatten(1)
     x = torch.eye(8, weight.shape[1], dtype=weight.dtype, device=weight.device)
     expected = nn.functional.linear(x, weight, fold.bias)
     got = base_forward(twin, x)

@@ -14,7 +14,7 @@ from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
 from ...weights.probing import adapted_map, adapters_alone
-from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
+from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules, written_form
 from .folder_writing import checked_folder, write_folder
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
@@ -84,8 +84,12 @@ def export_lora(
         off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
         result.errors[path] = float(off / S.norm()) if S.any() else 0.0
         pad = size - len(A)
-        tensors[f"{path}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, pad))
-        tensors[f"{path}.lora_B.weight"] = nn.functional.pad(B, (0, pad))
+        factors = {
+            "lora_A.weight": nn.functional.pad(A, (0, 0, 0, pad)),
+            "lora_B.weight": nn.functional.pad(B, (0, pad)),
+        }
+        made = written_form(targets[path].layer, factors)
+        tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
     fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
     check_read_back(model, fields, {path: {"r": size, "lora_alpha": size} for path in parts})
     write_folder(result.directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)

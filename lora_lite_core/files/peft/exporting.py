@@ -17,7 +17,7 @@ from ...attached.train_modules import current, outermost
 from ...contract.errors import MergeError
 from ...weights.probing import adapters_alone, check_usable
 from .config_json.fields import PER_LAYER
-from .config_json.layout import check_endings, check_read_back, layout_fields
+from .config_json.layout import check_endings, check_read_back, layout_fields, written_form
 from .folder_writing import checked_folder, write_folder
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
@@ -49,7 +49,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         params = {bare: tensor.detach() for bare, tensor in target.params_on(target.layer).items()}
         with torch.no_grad():
             fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": target.layer})
-        tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
+        tensors |= {f"{path}.{key}": tensor for key, tensor in written_form(target.layer, made).items()}
     config = {**layout, **_joined(fields, layout["target_modules"])}
     if whole := outermost(dict.fromkeys(key.rpartition(".")[0] for key in record.whole)):
         config["modules_to_save"] = whole

@@ -23,9 +23,10 @@ from ...attached.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
 from ...contract.text import plain
-from ...layers.layer_kinds import layer_device, layer_sizes
+from ...layers.layer_kinds import layer_device, target_sizes
 from ..train_modules import exact_patterns
 from .config_json.fields import check_fields, first_of
+from .config_json.layout import read_form
 from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
 from .readers import Part, read_parts
@@ -109,9 +110,9 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
         parts = key.split(".", deepest)
         ends = range(len(parts) - 1, 0, -1)
         path = next((one for end in ends if (one := ".".join(parts[:end])) in modules), "")
-        if not path or layer_sizes(modules[path]) is None:
+        if not path or target_sizes(modules[path]) is None:
             raise AdapterFileError(
-                f"{first_of([key])} belongs to no linear layer of this {type(selection.model).__name__}"
+                f"{first_of([key])} belongs to no linear layer or convolution of this {type(selection.model).__name__}"
             )
         if layer_device(modules[path]).type == "meta":
             raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
@@ -119,7 +120,8 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
             raise AdapterFileError(
                 f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
             )
-        found.setdefault(path, {})[key[len(path) + 1 :]] = tensor
+        name = key[len(path) + 1 :]
+        found.setdefault(path, {})[name] = read_form(modules[path], name, tensor)
     if not found:
         raise AdapterFileError(f"{WEIGHTS} holds no tensor of a layer")
     return {path: found[path] for path in modules if path in found}

@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....attached.records import Record
 from ....contract.errors import AdapterFileError, MergeError, listed
 from ....contract.target import Target
+from ....layers.convolution import is_convolution
 from ....layers.layer_kinds import is_conv1d
 from .selection import Selection, endings
 
@@ -80,3 +81,40 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     if found not in (torch.float32, torch.float16, torch.bfloat16):
         raise MergeError(f"dtype={dtype!r}: an exported adapter is float32, float16 or bfloat16")
     return found
+
+
+def written_form(layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as PEFT keeps them: those of a convolution have its kernel's dimensions. MergeError where it is
+    not said how."""
+    if not is_convolution(layer):
+        return dict(tensors)
+    if differs := _of_another_convolution(layer):
+        raise MergeError(f"{differs}; merge(model) instead")
+    kernel, ones = layer.weight.shape[1:], (1,) * len(layer.kernel_size)
+    shapes = {
+        "lora_A.weight": lambda tensor: (len(tensor), *kernel),
+        "lora_B.weight": lambda tensor: (*tensor.shape, *ones),
+        "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
+    }
+    if unknown := [name for name in tensors if name not in shapes]:
+        raise MergeError(f"{unknown[0]} of a convolution has no form in PEFT that is known here; merge(model) instead")
+    return {name: tensor.reshape(shapes[name](tensor)) for name, tensor in tensors.items()}
+
+
+def read_form(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """One of a layer's tensors in PEFT's folder as those of a linear layer are; AdapterFileError for a convolution on
+    which PEFT's adapter computes something else than it would here."""
+    if not is_convolution(layer):
+        return tensor
+    if differs := _of_another_convolution(layer):
+        raise AdapterFileError(f"{name}: {differs}")
+    return tensor.flatten() if name.startswith("lora_magnitude") else tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
+def _of_another_convolution(layer: Any) -> str:
+    if set(layer.dilation) == {1} and layer.padding_mode == "zeros":
+        return ""
+    return (
+        f"a convolution with dilation={layer.dilation} and padding_mode={layer.padding_mode!r}: PEFT's adapters run "
+        "without dilation and pad with zeros, so that they compute something else"
+    )
