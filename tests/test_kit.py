@@ -156,6 +156,13 @@ def keeps_a_table_in_the_module(v: types.SimpleNamespace) -> None:
     v.init, v.forward = ll.hookimpl(init), ll.hookimpl(forward)
 
 
+@caught_by("convolutions")
+def asks_the_layer_for_its_width(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(
+        lambda x, y, params, layer: y + delta(x, params).to(y.dtype) * (1.0 if layer.in_features else 0.0)
+    )
+
+
 @caught_by("no_copies")
 def a_copy_a_layer(v: types.SimpleNamespace) -> None:
     def same(tensor: Tensor, generator: torch.Generator) -> None:
