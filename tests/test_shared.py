@@ -267,6 +267,33 @@ def test_freed_with_the_last_layer_that_uses_it(registered: Any) -> None:
     assert on_model(model) == {"lora_s_4"}
 
 
+def test_reconfigured_to_other_tensors(registered: Any) -> None:
+    """A target may leave a shared tensor, and the last one that does frees it."""
+
+    class Config(ll.RankConfig):
+        variant = "bent"
+
+    def param_specs(cfg: Any, d_out: int) -> dict[str, ll.ParamSpec]:
+        shared = {} if cfg.r == 1 else {"lora_s": ll.ParamSpec((cfg.r,), shared="s")}
+        return {**shared, "lora_h": ll.ParamSpec((d_out,))}
+
+    def group_init(targets: Any) -> None:
+        for target in targets:
+            target.reconfigure(r=1 if "proj" in target.name else 3)
+            assert ("lora_s" in target.params) == (target.cfg.r == 3)
+
+    def forward(y: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return y + params["lora_h"].to(y.dtype)
+
+    variant = bent(param_specs=param_specs, group_init=group_init, forward=forward)
+    variant.Config = Config
+    registered(variant, name="bent")
+    model = net()
+    adapter = ll.attach(model, Config(r=2))
+    assert not on_model(model)
+    assert not any(target.shared for target in adapter.layers().values())
+
+
 def test_one_key_is_one_kind(registered: Any) -> None:
     def param_specs(d_in: int) -> dict[str, ll.ParamSpec]:
         return {"lora_s": ll.ParamSpec((3,), shared="s", trainable=d_in == 16), "lora_h": ll.ParamSpec((1,))}

@@ -41,6 +41,7 @@ class Making:
                 raise AdapterNameError(
                     f"{target.name} already has an attribute '{attribute}'; give this adapter another name: name='…'"
                 )
+        target.shared = {}
         common = {bare: spec for bare, spec in declared.items() if spec.shared}
         shared = self._place_shared(target, common, values or {}, ready) if common else {}
         own = None if values is None else {bare: value for bare, value in values.items() if bare in specs}
