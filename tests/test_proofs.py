@@ -365,6 +365,8 @@ def test_sizes_that_do_not_fit() -> None:
         ll.attach(net(), config("lora_ga", r=9), calibration_data=[draw(0, 3, 24)])
     with pytest.raises(ll.CalibrationError):
         ll.attach(net(), config("lora_ga"))
+    with pytest.raises(ll.ConfigError, match="from 1 to num_vectors=8"):
+        config("vb_lora", topk=9, num_vectors=8)
     with pytest.raises(ll.ConfigError, match="at least 1"):
         config("lora_moe", experts=0)
 

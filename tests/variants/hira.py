@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lora_lite_core import ParamSpec, RankConfig, dense_weight, hookimpl
 
-BENCH = {"lr": 2e-2}
+BENCH = {"lr": 4e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
