@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lora_lite_core as ll
 
-BENCH = {"lr": 2e-2}
+BENCH = {"lr": 5e-3}
 fingerprint = ll.hookimpl(lambda layer: ll.sketch(layer))
 
 
