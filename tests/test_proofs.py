@@ -384,4 +384,4 @@ def test_it_learns(name: str) -> None:
     from lora_lite_bench.run import QUICK, run
 
     losses = run(name, {}, 0, replace(QUICK, steps=30), lambda text: None).losses
-    assert sum(losses[-3:]) / 3 < 0.7 * losses[0], losses
+    assert sum(losses[-3:]) / 3 < 0.3 * losses[0], losses
