@@ -22,12 +22,6 @@ FOLDER = Path(__file__).parent / "variants"
 NAMES = ["vb_lora", "randlora", "hira", "lora_ga", "lora_dropout", "blob", "lora_moe"]
 SIZES = [(24, 16), (16, 24), (16, 16)]  # d_in, d_out
 
-# What the kit says of them and is wrong about.
-EXPECTED = {
-    "lora_ga": {"no_copies": "two layers that read the same x and whose outputs are added have the same gradient"},
-    "blob": {"low_precision": "the deviation acts in training and in the penalty, the check asks for it in evaluation"},
-}
-
 
 @pytest.fixture(autouse=True)
 def _variants() -> Any:
@@ -150,8 +144,7 @@ def test_the_formula(name: str, sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kit_is_green(name: str) -> None:
-    expected = EXPECTED.get(name, {})
-    results = run_checks(config(name), expected_failures=expected)
+    results = run_checks(config(name))
     assert [result.message for result in results if not result.ok] == []
 
 

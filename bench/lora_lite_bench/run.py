@@ -125,7 +125,7 @@ def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Ca
     def batch() -> dict[str, torch.Tensor]:
         return encode(tokenizer, [problem("shifted", "train", rng) for _ in range(plan.batch_size)])
 
-    calibration = [{k: v for k, v in batch().items() if k != "weights"} for _ in range(8)]
+    calibration = [labelled(batch()) for _ in range(8)]
     start = time.perf_counter()
     try:
         adapter = ll.attach(model, cfg, seed=seed)
@@ -191,6 +191,12 @@ def _round_trip(model: nn.Module, sample: dict[str, torch.Tensor], result: Resul
         raise RuntimeError(
             f"variant '{result.variant}' computes something else after save and load: {result.reload_error:.2g} off"
         )
+
+
+def labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As users give calibration data: what the model takes, with labels where the loss is."""
+    labels = batch["input_ids"].where(batch["weights"] > 0, -100)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
 def weights_hash(model: nn.Module, names: set[str]) -> str:

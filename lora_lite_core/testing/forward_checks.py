@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attached.forward_hooks import targets_on
+from ..toolbox.training_steps import penalty
 from .check import promise
 from .variant_under_test import Subject, close, must
 
@@ -118,7 +119,7 @@ def check_low_precision(s: Subject) -> None:
             model(x, only="up").dtype == expected,
             f"{model(x, only='up').dtype} under autocast, where the layer gives {expected}",
         )
-        model(x).float().square().mean().backward()
+        (model(x).float().square().mean() + penalty(model)).backward()
     must(all(p.grad is not None for p in adapter.parameters()), "a parameter has no gradient under autocast")
 
 

@@ -40,7 +40,7 @@ class Net(nn.Module):
         if only:
             return self.get_submodule(only)(x)
         hidden = x + self.down(torch.tanh(self.up(x)))
-        return self.mix(hidden) + self.pair(hidden)
+        return self.mix(hidden) + self.pair(torch.tanh(hidden))
 
 
 class Packed(nn.Module):
