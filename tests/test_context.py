@@ -169,9 +169,9 @@ def test_copies_files_detach_and_merge(tmp_path: Path) -> None:
     model, _ = adapted()
     expected = model(IDS).detach()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(IDS), expected)
+        torch.testing.assert_close(copied(IDS), expected)
         with ll.context(copied, unused=1):
-            assert torch.equal(copied(IDS), expected)
+            torch.testing.assert_close(copied(IDS), expected)
     ll.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
     fresh = Model()
@@ -203,7 +203,7 @@ def test_threads_have_calls_of_their_own() -> None:
 
     def run(which: int) -> None:
         for _ in range(30):
-            if not torch.equal(model(batches[which]).detach(), expected[which]):
+            if not torch.allclose(model(batches[which]).detach(), expected[which], atol=1e-5):
                 wrong.append(which)
 
     threads = [threading.Thread(target=run, args=(which,)) for which in range(4)]

@@ -13,6 +13,8 @@ import lora_lite as ll
 from lora_lite_core.layers import weight_reading
 from lora_lite_core.layers.weight_reading import _probed as probed
 
+from .test_twins import int8_saturates
+
 
 def four_bit() -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
@@ -60,6 +62,8 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("make", [four_bit, eight_bit, torchao, Codes])
 def test_it_is_what_probing_finds_and_runs_the_layer_once(make: Callable[[], Any]) -> None:
+    if make is eight_bit and int8_saturates():
+        pytest.skip("the int8 product of this oneDNN saturates")
     torch.manual_seed(0)
     layer, runs = make(), []
     expected = probed(layer)

