@@ -42,12 +42,14 @@ def calibration_batches(data: Iterable[Any] | None, variant: str) -> Iterable[An
 @torch.no_grad()
 def run_batch(model: nn.Module, batch: Any) -> None:
     """One forward pass on a batch: a dict is keyword arguments, a tuple or list positional ones, else one argument."""
+    output_of(model, batch)
+
+
+def output_of(model: nn.Module, batch: Any) -> Any:
+    """The same, with gradients where they are on, and what the model returns."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 class Accumulator:

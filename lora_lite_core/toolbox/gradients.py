@@ -12,6 +12,7 @@ from ..contract.errors import CalibrationError
 from ..layers.convolution import channels_last, is_convolution, patches
 from ..layers.layer_kinds import input_name
 from ..layers.twins import Twins
+from .calibration import output_of
 
 if TYPE_CHECKING:
     from ..contract.target import Target
@@ -42,7 +43,7 @@ def collect_gradients(
     for batch in batches:
         count += 1
         with torch.enable_grad(), twins.kept_apart():
-            value = _loss(_run(twin, batch), batch, loss)
+            value = _loss(output_of(twin, batch), batch, loss)
             if not value.requires_grad:
                 raise CalibrationError(
                     "the loss does not depend on any target; collect_gradients has nothing to follow"
@@ -72,12 +73,6 @@ def _collector(target: Target, found: dict[str, Tensor]) -> Callable[..., Tensor
         found[target.name] = found[target.name] + product if target.name in found else product
 
     return hook
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _loss(output: Any, batch: Any, loss: LossOf | None) -> Tensor:
