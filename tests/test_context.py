@@ -45,10 +45,8 @@ class Model(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _variant() -> Any:
-    ll.register(VARIANT)
-    yield
-    ll.unregister("alora")
+def _variant(registered: Any) -> None:
+    registered(VARIANT, name="alora")
 
 
 def adapted(seed: int = 0) -> tuple[Model, ll.Adapter]:

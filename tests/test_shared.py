@@ -28,12 +28,9 @@ FILE = "adapter.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def _variants() -> Any:
+def _variants(registered: Any) -> None:
     for name in NAMES:
-        ll.register(FOLDER / f"{name}.py")
-    yield
-    for name in NAMES:
-        ll.unregister(name)
+        registered(FOLDER / f"{name}.py", name=name)
 
 
 def config(name: str, **fields: Any) -> ll.AdapterConfig:

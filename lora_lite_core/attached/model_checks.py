@@ -16,7 +16,7 @@ from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, Model
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from ..layers.layer_kinds import is_usual, layer_device, storage_of
+from ..layers.layer_kinds import is_sharded, is_usual, layer_device, storage_of
 from .records import check_outside
 from .targeting import check_layer
 
@@ -71,11 +71,10 @@ def check_takes_parameters(model: nn.Module) -> None:
 
 def check_not_sharded(model: nn.Module, consequence: str) -> None:
     """Raise ModelStateError when a parameter is a DTensor (FSDP2, tensor parallelism)."""
-    distributed_tensor = sys.modules.get("torch.distributed.tensor")
-    if distributed_tensor is None:  # not imported: then nothing is sharded
+    if "torch.distributed.tensor" not in sys.modules:  # nothing is sharded: no need to look
         return
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, distributed_tensor.DTensor):
+        if is_sharded(parameter):
             raise ModelStateError(f"{name} is sharded (a DTensor of FSDP2 or tensor parallelism); {consequence}")
 
 

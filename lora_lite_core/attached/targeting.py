@@ -26,10 +26,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     Raises TargetError when a pattern, block number or role selects nothing, UnsupportedLayer when one selects only
     layers that cannot carry an adapter.
     """
-    linear = linear_layers(model)
-    if cfg.target_names:  # by name alone
-        linear = {**linear, **convolutions(model)}
-        linear = {name: linear[name] for name, _ in model.named_modules() if name in linear}
+    linear = named_layers(model) if cfg.target_names else linear_layers(model)
     if target_sizes(model) is not None:
         raise TargetError(
             f"the model is itself a {type(model).__name__}; wrap it, as in nn.Sequential(layer), so that it has a name"
@@ -62,9 +59,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if name and layer_sizes(layer) is not None}
 
 
-def convolutions(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution that an adapter can go on where it is named."""
-    return {name: layer for name, layer in model.named_modules() if name and is_convolution(layer)}
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The same, and what an adapter goes on only where it is named: convolutions."""
+    return {name: layer for name, layer in model.named_modules() if name and target_sizes(layer) is not None}
 
 
 def located(name: str, layer: nn.Module, cfg: AdapterConfig, variant: Variant, adapter: str) -> Target:

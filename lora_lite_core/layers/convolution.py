@@ -42,6 +42,11 @@ def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return x.movedim(-2 * dims - 1, -dims - 1).flatten(-dims - 1)
 
 
+def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """The rows (…, d_in) that the weight of any target multiplies: patches, or what a linear layer receives."""
+    return patches(layer, x) if is_convolution(layer) else x
+
+
 def channels_last(layer: nn.Conv2d, y: Tensor) -> Tensor:
     """(…, channels, *places) → (…, *places, channels)."""
     return y.movedim(-len(layer.kernel_size) - 1, -1)

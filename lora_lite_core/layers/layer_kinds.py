@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,12 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
     sizes = target_sizes(layer)
     assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
     return sizes
+
+
+def is_sharded(tensor: object) -> TypeGuard[Any]:
+    """Whether a tensor is a DTensor (FSDP2, tensor parallelism); none is where its module was never imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_a(thing: object, *names: str) -> bool:

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attached.forward_hooks import targets_on
 from ..toolbox.training_steps import penalty
 from .check import promise
-from .variant_under_test import Subject, close, must
+from .variant_under_test import Subject, close, hooks_by_hand, must
 
 
 @promise("work on the last dimension only (F.linear, x @ A.T, x * g); do not unpack or assume x.shape")
@@ -80,22 +79,12 @@ def check_training_mode(s: Subject) -> None:
 @promise("do not write into x or y (no x += …, no y.mul_()): return a new tensor")
 def check_inputs_are_not_written(s: Subject) -> None:
     """forward and forward_input leave the tensors they are given as they were."""
-    model, adapter = s.trained()
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name in adapter.targets:
-        layer = model.get_submodule(name)
-        target = targets_on(layer)[0]
-        x = s.x(4) if layer is not model.down else torch.randn(4, s.sizes[1])
+    for name, hook, given in hooks_by_hand(s):
+        kept = {key: given[key].clone() for key in ("x", "y")}
         with torch.no_grad():
-            y = layer.forward(x)
-            kept = [(x, x.clone()), (y, y.clone())]
-            given = {"x": x, "y": y, "params": target.params_on(layer), "cfg": target.cfg, "layer": layer}
-            given |= {"training": False, "context": {"x": s.x()}}
-            for hook in (target.variant.forward_input, target.variant.forward):
-                if hook is not None:
-                    hook(given)
-        for tensor, before in kept:
-            close(tensor, before, 0, f"the {'output' if tensor is y else 'input'} of {name} after the hook")
+            hook(given)
+        for key, side in (("x", "input"), ("y", "output")):
+            close(given[key], kept[key], 0, f"the {side} of {name} after the hook")
 
 
 @promise("end with .to(y.dtype), and cast parameters to x.dtype for large products")
@@ -115,10 +104,8 @@ def check_low_precision(s: Subject) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = s.x()
         expected = nn.functional.linear(x, model.up.weight).dtype
-        must(
-            model(x, only="up").dtype == expected,
-            f"{model(x, only='up').dtype} under autocast, where the layer gives {expected}",
-        )
+        got = model(x, only="up").dtype
+        must(got == expected, f"{got} under autocast, where the layer gives {expected}")
         (model(x).float().square().mean() + penalty(model)).backward()
     must(all(p.grad is not None for p in adapter.parameters()), "a parameter has no gradient under autocast")
 

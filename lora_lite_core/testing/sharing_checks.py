@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from ..attached.forward_hooks import targets_on
 from ..files.load import load
 from ..files.save import save
 from .check import promise
-from .variant_under_test import Net, Subject, close, must, train
+from .variant_under_test import Net, Subject, close, hooks_by_hand, must, train
 
 
 @promise(
@@ -25,20 +24,14 @@ from .variant_under_test import Net, Subject, close, must, train
 )
 def check_reads_what_it_is_given(s: Subject) -> None:
     """forward and forward_input compute from their arguments, and from no tensor that the module keeps elsewhere."""
-    model, adapter = s.trained()
-    for name in adapter.targets:
-        layer = model.get_submodule(name)
-        target = targets_on(layer)[0]
-        x = s.x(4) if layer is not model.down else torch.randn(4, s.sizes[1])
-        params = target.params_on(layer)
-        given: dict[str, Any] = {"params": params, "cfg": target.cfg, "layer": layer, "training": False, "context": {}}
-        with torch.no_grad():
-            given |= {"x": x, "y": layer.forward(x)}
-            for hook in (target.variant.forward_input, target.variant.forward):
-                if hook is not None:
-                    with _Seen((x, given["y"], *params.values(), *layer.parameters(), *layer.buffers())) as seen:
-                        hook(given)
-                    must(not seen.strange, f"on {name} it reads {seen.strange}, which is none of its arguments")
+    for name, hook, given in hooks_by_hand(s):
+        layer, params = given["layer"], given["params"]
+        with (
+            torch.no_grad(),
+            _Seen((given["x"], given["y"], *params.values(), *layer.parameters(), *layer.buffers())) as seen,
+        ):
+            hook(given)
+        must(not seen.strange, f"on {name} it reads {seen.strange}, which is none of its arguments")
 
 
 class _Seen(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attached.adapter import Adapter, attach, detach
 from ..contract.config import AdapterConfig
 from ..contract.errors import CalibrationError
-from ..contract.variant import Variant
+from ..contract.variant import Hook, Variant
 from ..discovery.registry import get_variant
 from ..toolbox.training_steps import follow, penalty
 
@@ -157,6 +157,21 @@ def train(subject: Subject, model: nn.Module, adapter: Adapter, steps: int, lr: 
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def hooks_by_hand(s: Subject) -> Iterator[tuple[str, Hook, dict[str, Any]]]:
+    """Each layer's name with each of the variant's forwards, and arguments to call it with as the core would."""
+    _, adapter = s.trained()
+    for name, target in adapter.layers().items():
+        layer = target.layer
+        x = torch.randn(4, target.d_in, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            y = layer.forward(x)
+        params = target.params_on(layer)
+        given = {"x": x, "y": y, "params": params, "cfg": target.cfg, "layer": layer, "training": False}
+        for hook in (target.variant.forward_input, target.variant.forward):
+            if hook is not None:
+                yield name, hook, {**given, "context": {"x": s.x()}}
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
-from ..layers.convolution import is_convolution, patches
+from ..layers.convolution import rows_of
 from ..layers.layer_kinds import input_name
 from ..layers.twins import Twins
 
@@ -146,9 +146,7 @@ class _Collector:
         self.seen.append((x, target.name))
         if target.name not in self.found:
             self.found[target.name] = self.make(target)
-        layer = target.layer
-        rows = patches(layer, x.detach()) if is_convolution(layer) else x.detach()
-        rows = rows.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+        rows = rows_of(target.layer, x.detach()).to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
         if self.mask is not None and self.mask.numel() == len(rows):
             rows = rows[self.mask.to(rows.device).flatten().bool()]
         self.found[target.name].add(rows)

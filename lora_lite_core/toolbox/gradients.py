@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
-from ..layers.convolution import channels_last, is_convolution, patches
+from ..layers.convolution import channels_last, is_convolution, rows_of
 from ..layers.layer_kinds import input_name
 from ..layers.twins import Twins
 from .calibration import output_of
@@ -65,8 +65,9 @@ def _collector(target: Target, found: dict[str, Tensor]) -> Callable[..., Tensor
         return y
 
     def add(x: Tensor, gradient: Tensor) -> None:
+        x = rows_of(target.layer, x)
         if is_convolution(target.layer):
-            x, gradient = patches(target.layer, x), channels_last(target.layer, gradient)
+            gradient = channels_last(target.layer, gradient)
         full = torch.promote_types(x.dtype, torch.float32)
         rows, errors = x.reshape(-1, target.d_in).to(full), gradient.detach().reshape(-1, target.d_out).to(full)
         product = errors.T @ rows

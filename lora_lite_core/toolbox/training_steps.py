@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..attached.records import Record, names_of, record_of, records_of, targets_
 from ..attached.tensors.made import as_made, check_in_place
 from ..contract.errors import BrokenPlugin, ModelStateError
 from ..contract.target import Params, Target
+from ..layers.layer_kinds import is_sharded
 
 
 def follow(model: nn.Module, optimizer: Any) -> RemovableHandle:
@@ -88,8 +88,8 @@ class _Whole:
         return Params({bare: self._whole(tensor) for bare, tensor in target.params.items()})
 
     def _whole(self, tensor: Any) -> Tensor:
-        if not _is_sharded(tensor):
-            return tensor  # type: ignore[no-any-return]
+        if not is_sharded(tensor):
+            return tensor
         if id(tensor) not in self._made:
             whole = tensor.full_tensor().detach().clone()
             whole.grad = None if tensor.grad is None else tensor.grad.full_tensor().clone()
@@ -101,11 +101,6 @@ class _Whole:
             _copy_shard(tensor, whole)
             if whole.grad is not None and tensor.grad is not None:
                 _copy_shard(tensor.grad, whole.grad)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _copy_shard(sharded: Any, whole: Tensor) -> None:
@@ -131,7 +126,10 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
         if record.variant.penalty is None or record.blocks:
             continue
         for target in targets_of(model, one).values():
-            params = {bare: _gathered(tensor) for bare, tensor in target.params_on(target.layer).items()}
+            params = {
+                bare: tensor.full_tensor() if is_sharded(tensor) else tensor
+                for bare, tensor in target.params_on(target.layer).items()
+            }
             term = record.variant.penalty({"params": params, "cfg": target.cfg})
             if not isinstance(term, Tensor) or term.dim():
                 what = f"a tensor {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
@@ -140,11 +138,6 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
                 )
             total = total + term.to(device)
     return total
-
-
-def _gathered(tensor: Any) -> Tensor:
-    whole: Callable[[], Tensor] | None = tensor.full_tensor if _is_sharded(tensor) else None
-    return tensor if whole is None else whole()  # type: ignore[no-any-return]
 
 
 def _parameters(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
