@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import socket
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,13 +311,13 @@ def test_copies_are_not_followed() -> None:
     assert record.follower is None
 
 
-def train_sharded(rank: int, port: int, name: str, folder: str) -> None:
+def train_sharded(rank: int, name: str, folder: str) -> None:
     """One of two processes: the same batches in both, so that the mean of gradients is that of one process."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # They meet in a file: a server in one of the processes could be gone before the other one has ended.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         ll.register(FOLDER / f"{name}.py")
         model = net()
@@ -348,10 +346,7 @@ def train_sharded(rank: int, port: int, name: str, folder: str) -> None:
     "name", ["adalora", "tied_lora", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:3])]
 )
 def test_sharded_over_two_processes_it_is_as_in_one(name: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(train_sharded, (port, name, str(tmp_path)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(train_sharded, (name, str(tmp_path)), nprocs=2, start_method="spawn")
     losses, whole = torch.load(tmp_path / "out.pt", weights_only=True)
     model = net()
     ll.attach(model, config(name))
