@@ -88,7 +88,8 @@ from .files.peft.exporting import export_peft as export_peft
 from .files.peft.importing import import_peft as import_peft
 from .files.save import save as save
 from .layers.four_bit_packing import prepare as prepare
-from .layers.layer_kinds import layer_dtype as layer_dtype
+from .layers.kinds.embedding import project as project
+from .layers.kinds.layer_kinds import layer_dtype as layer_dtype
 from .layers.weight_reading import base_forward as base_forward
 from .layers.weight_reading import dense_weight as dense_weight
 from .layers.weight_sketch import sketch as sketch

@@ -22,6 +22,7 @@ TARGETS = ("q_proj", "up_proj", "down_proj")
 OWN = {
     "lora": {"rank_pattern": {"up_proj": 3}, "alpha": 6.0, "rslora": True},
     "oft": {"block_size": 8},
+    "trainable_tokens": {"rows": (3, 1)},
     "dora": {"train_modules": ("lm_head",)},
 }
 
@@ -36,7 +37,9 @@ def make(variant: str) -> None:
         save_file({key: tensor.clone() for key, tensor in model.state_dict().items()}, base)
     kind = ll.get_variant(variant).Config
     fields = {"r": 4} if issubclass(kind, ll.RankConfig) else {}
-    cfg = kind(target_names=TARGETS, **fields, **OWN.get(variant, {}))
+    if variant != "trainable_tokens":  # which names its own
+        fields["target_names"] = TARGETS
+    cfg = kind(**fields, **OWN.get(variant, {}))
     batches = [{"ids": token_ids(seed, (8, 5))} for seed in range(3)]
     data = {"calibration_data": batches} if variant == "eva" else {}
     adapter = ll.attach(model, cfg, seed=3, **data)

@@ -17,7 +17,7 @@ from .models import net, snapshot, token_ids
 
 class FakeTarget:
     def __init__(self, name: str, layer: nn.Module) -> None:
-        self.name, self.layer, self.d_in = name, layer, layer.in_features
+        self.name, self.layer, self.d_in, self.stack = name, layer, layer.in_features, None
 
 
 def targets_of(model: nn.Module) -> list[Any]:

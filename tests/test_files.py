@@ -297,7 +297,7 @@ def test_target_of_another_size(saved: Path) -> None:
 def test_target_that_is_no_linear_layer(saved: Path) -> None:
     model = net()
     model.layers[0].self_attn.q_proj = nn.Identity()
-    assert "layers.0.self_attn.q_proj is a Identity, which is not a linear layer" in refusal(
+    assert "layers.0.self_attn.q_proj is a Identity, which is no layer that an adapter can go on" in refusal(
         ll.UnsupportedLayer, saved, model
     )
 

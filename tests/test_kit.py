@@ -18,8 +18,11 @@ import lora_lite as ll
 from lora_lite_core.testing import run_checks, variant_checks
 from lora_lite_core.testing.check import CHECKS
 
-SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}}
-EXPECTED = {"dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"}}
+SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "trainable_tokens": {"rows": (1, 5)}}
+EXPECTED = {
+    "dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"},
+    "trainable_tokens": {"embeddings": "rows are tokens: inputs of an embedding, outputs of a linear layer, its head"},
+}
 
 
 def config(name: str) -> ll.AdapterConfig:

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite_core.layers.dry_run import misbehaviour
-from lora_lite_core.layers.layer_kinds import layer_sizes, storage_of
+from lora_lite_core.layers.kinds.layer_kinds import layer_sizes, storage_of
 from lora_lite_core.layers.weight_sketch import ACROSS_STORAGES, SAME_STORAGE, sketch_distance
 from lora_lite_core.weights.probing import dense_twin
 

@@ -16,7 +16,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite_core.layers import four_bit_packing
 from lora_lite_core.layers.four_bit_packing import Unpacking, let_pack
-from lora_lite_core.layers.layer_kinds import storage_of
+from lora_lite_core.layers.kinds.layer_kinds import storage_of
 
 bnb = pytest.importorskip("bitsandbytes")
 FLAG = "support_avx512bf16_for_cpu"

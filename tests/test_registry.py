@@ -28,6 +28,7 @@ CONFIGS = [
     "PiSSAConfig",
     "RoAdConfig",
     "SSVDConfig",
+    "TrainableTokensConfig",
 ]
 GOOD = '''"""{title}: a test variant.
 
@@ -173,7 +174,7 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
         ll.get_variant("pissa")
     monkeypatch.delenv("LORA_LITE_BLOCK")
     monkeypatch.setenv("LORA_LITE_PLUGINS", "lora-lite-lora,ia3")
-    assert {info.name for info in ll.list_variants() if info.state == "ok"} == {"ia3", "lora"}
+    assert {info.name for info in ll.list_variants() if info.state == "ok"} == {"ia3", "lora", "trainable_tokens"}
 
 
 def test_plugin_whose_import_fails(install: Install) -> None:

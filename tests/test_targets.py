@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.attached.targeting import block_number, find_targets, role_of
+from lora_lite_core.attached.targets.targeting import block_number, find_targets, role_of
 
 from .models import HIDDEN, LINEAR_LAYERS, net, snapshot
 
@@ -115,12 +115,19 @@ def test_pattern_that_matches_only_the_head() -> None:
     assert names(net(), target_names=("lm_head",), exclude_names=()) == ["lm_head"]
 
 
-def test_pattern_that_matches_no_linear_layer() -> None:
-    message = refusal(ll.UnsupportedLayer, net(), target_names=("embed_tokens",), exclude_names=())
-    assert (
-        "target_names: 'embed_tokens' matches no linear layer and no convolution, only embed_tokens (Embedding)"
-        in message
+def test_pattern_that_matches_no_layer() -> None:
+    model = net()
+    model.norm = nn.LayerNorm(HIDDEN)
+    message = refusal(ll.UnsupportedLayer, model, target_names=("norm",))
+    assert "'norm' matches no linear layer, convolution, embedding or experts, only norm (LayerNorm)" in message
+
+
+def test_an_embedding_is_a_target_where_it_is_named() -> None:
+    assert "embed_tokens" not in names(net())
+    assert "matches only excluded layers: embed_tokens" in refusal(
+        ll.TargetError, net(), target_names=("embed_tokens",)
     )
+    assert names(net(), target_names=("embed_tokens",), exclude_names=()) == ["embed_tokens"]
 
 
 def test_exclude_pattern_that_matches_nothing() -> None:

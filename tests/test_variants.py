@@ -16,7 +16,12 @@ from .usual import USUAL_LR
 VARIANTS = [info.name for info in ll.list_variants()]
 
 
-SMALL: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "ssvd": {"r": 4}, "antipasto": {"r": 8}}
+SMALL: dict[str, dict[str, Any]] = {
+    "oft": {"block_size": 8},
+    "ssvd": {"r": 4},
+    "antipasto": {"r": 8},
+    "trainable_tokens": {"rows": (1, 5), "target_names": ()},
+}
 
 
 def config(name: str, **fields: Any) -> ll.AdapterConfig:
@@ -95,7 +100,8 @@ def test_bfloat16_tensors_do_not_freeze(name: str) -> None:
         assert "below a learning rate of 1e-3 it wants" in (ll.get_variant(name).namespace.__doc__ or "")
         lr = 1e-3
     data = [torch.randn(600, 1024)] if name == "eva" else None
-    adapter = ll.attach(model, ll.LoraLiteConfig(variant=name, dtype="bfloat16"), calibration_data=data)
+    own = SMALL[name] if name == "trainable_tokens" else {}
+    adapter = ll.attach(model, ll.LoraLiteConfig(variant=name, dtype="bfloat16", **own), calibration_data=data)
     moving = {key: tensor for key, tensor in adapter.named_tensors() if tensor.requires_grad}
     before = {key: tensor.detach().clone() for key, tensor in moving.items()}
     for parameter in moving.values():

@@ -14,4 +14,5 @@ USUAL_LR = {
     "pissa": 1e-4,
     "road": 1e-3,
     "ssvd": 5e-3,
+    "trainable_tokens": 1e-3,
 }

@@ -108,7 +108,19 @@ def variant_names(asked: tuple[str, ...]) -> list[str]:
 
     if asked:
         return [ll.get_variant(variant_at(name)).name for name in dict.fromkeys(asked)]
-    return [info.name for info in ll.list_variants() if info.state == "ok"]
+    return [info.name for info in ll.list_variants() if info.state == "ok" and _goes_without(info.name)]
+
+
+def _goes_without(name: str) -> bool:
+    """Whether a variant has a config without settings, and serves linear layers, as those of the bench are."""
+    import lora_lite_core as ll
+
+    variant = ll.get_variant(name)
+    try:
+        variant.Config()
+    except (ll.ConfigError, TypeError):
+        return False
+    return "linear" in variant.layers
 
 
 def _make_base(folder: Path, steps: int, seed: int, progress: Progress, console: Console) -> None:

@@ -15,7 +15,7 @@ from ..contract.config import AdapterConfig, RankConfig
 from ..contract.errors import CalibrationError, ModelStateError
 from ..contract.target import Target
 from ..contract.text import count
-from ..layers.layer_kinds import layer_device
+from ..layers.kinds.layer_kinds import layer_device
 from .attach_detach import install, switch_off, switch_on, uninstall
 from .model_checks import (
     Reaction,
@@ -28,6 +28,7 @@ from .model_checks import (
     check_seed,
     check_takes_parameters,
     variant_of,
+    warn_of_ties,
 )
 from .records import (
     Record,
@@ -41,7 +42,7 @@ from .records import (
     records_of,
     targets_of,
 )
-from .targeting import find_targets
+from .targets.targeting import find_targets
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -75,8 +76,8 @@ class Adapter:
         return MappingProxyType(targets_of(self.model, self.name))
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every adapter tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then
-        once those that layers share, as `lora_A_64x256`, then those of whole modules."""
+        """Every tensor, frozen ones and buffers too, as `<layer>.<bare name>`, then once those that layers share, as
+        `lora_A_64x256`, then those of whole modules."""
         layers = self.layers()
         for layer_name, target in layers.items():
             for bare, attribute in target.attributes.items():
@@ -170,7 +171,7 @@ def attach(
 ) -> Adapter:
     """Put a new adapter on the layers that the config selects, and freeze the base.
 
-    model             any nn.Module with linear layers; not compiled, sharded or wrapped
+    model             any nn.Module with layers to adapt; not compiled, sharded or wrapped
     cfg               a variant's config, as LoRAConfig(r=8, target_names=("q_proj", "v_proj"))
     name              an identifier without "__"; several adapters may sit on one model
     calibration_data  batches for variants that look at activations, a list or DataLoader (read more than once)
@@ -181,8 +182,7 @@ def attach(
     freezes all parameters of `model` (what is outside of it keeps its flags); what is turned on again later stays on.
     On a model on the meta device the values wait for `Adapter.initialize()`. Either all of it happens or none.
 
-    Raises TargetError, UnsupportedLayer, AdapterNameError, ConfigError, CalibrationError, ModelStateError or
-    BrokenPlugin.
+    Raises TargetError, UnsupportedLayer, AdapterNameError, ConfigError, CalibrationError, ModelStateError, BrokenPlugin
     """
     variant = variant_of(cfg)
     check_attachable(model)
@@ -204,10 +204,9 @@ def attach(
         check_reached(model, {target.name: target.layer for target in targets}, check_inputs)
     on_meta = any(layer_device(target.layer).type == "meta" for target in targets)
     if on_meta and calibration_data is not None:
-        raise CalibrationError(
-            "the model is on the meta device and cannot be calibrated yet; "
-            "give the data to adapter.initialize(calibration_data=…) once its weights are there"
-        )
+        later = "give the data to adapter.initialize(calibration_data=…) once its weights are there"
+        raise CalibrationError(f"the model is on the meta device and cannot be calibrated yet; {later}")
+    warn_of_ties(model, targets)
     record = Record(variant, cfg, seed, ready=not on_meta, whole=whole)
     install(model, name, record, targets, calibration_data=calibration_data)
     return Adapter(model, name)

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract.target import Target
-from .forward_hooks import add_target, remove_target, targets_on
+from .layer_hooks.layer_state import targets_on
+from .layer_hooks.putting import add_target, remove_target
+from .model_checks import check_lookups
 from .model_hooks.wanted import add_hooks
 from .records import (
     RECORDS,
@@ -56,6 +58,7 @@ def install(
             making.place(target, None if values is None else values[target.name], ready=record.ready)
         if values is None and record.ready:
             making.run_group_init(model, record, calibration_data)
+        check_lookups(making.placed if record.ready else ())
         _commit(model, name, record, list(making.placed), trainable)
         records = records_of(model)
         vars(model)[RECORDS] = replace(records, unpacked=(*records.unpacked, *unpacking.names))
@@ -119,7 +122,10 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
     for target in targets:
         target.ready, target.placing = record.ready, None
         if record.ready:
-            target.fingerprint, target.base_version = take_fingerprint(target), weight_version(target.layer)
+            target.fingerprint, target.base_version = (
+                take_fingerprint(target),
+                weight_version(target.layer, target.part),
+            )
         add_target(target)
     add_hooks(model, record, targets)
     records = records_of(model)

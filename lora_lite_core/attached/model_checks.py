@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, Model
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from ..layers.layer_kinds import is_sharded, is_usual, layer_device, storage_of
+from ..layers.kinds.layer_kinds import is_sharded, is_usual, layer_device, layer_dtype, storage_of
 from .records import check_outside
-from .targeting import check_layer
+from .targets.targeting import check_layer
 
 Reaction = Literal["error", "warn", "ignore"]  # to an adapter that was made on another base model
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -125,7 +126,8 @@ def check_calibration(variant: Variant, data: Any) -> None:
 
 def check_behaviour(targets: Iterable[Target]) -> None:
     """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
-    unusual = [t for t in targets if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
+    layers = [target for target in targets if target.kind not in ("experts", "block")]
+    unusual = [t for t in layers if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
     if not unusual:
         return
     from ..layers.dry_run import misbehaviour
@@ -136,6 +138,41 @@ def check_behaviour(targets: Iterable[Target]) -> None:
                 f"{target.name}, a {type(target.layer).__name__} ({storage_of(target.layer)}), {why}; "
                 f"leave it out with exclude_names=(…, '{target.name.rpartition('.')[2]}')"
             )
+
+
+def warn_of_ties(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Warn when an embedding is adapted and a head with the same weight is not."""
+    named = {target.name: target for target in targets}
+    for target in [target for target in named.values() if target.kind == "embedding"]:
+        weight = target.layer._parameters["weight"]
+        held = (name for name, module in model.named_modules() if module._parameters.get("weight") is weight)
+        if alone := [name for name in held if name not in named]:
+            warnings.warn(
+                f"{target.name} has the weight of {alone[0]}, too, and is adapted alone: what it adds is not in "
+                f"{alone[0]}, and merge(model) will refuse",
+                stacklevel=3,
+            )
+
+
+@torch.no_grad()
+def check_lookups(targets: Iterable[Target]) -> None:
+    """Raise UnsupportedLayer for a variant that cannot make anything of an embedding's token ids: one is tried."""
+    target = next((target for target in targets if target.kind == "embedding"), None)
+    if target is None or target.variant.forward is None:
+        return
+    ids = torch.arange(min(2, target.d_in), device=layer_device(target.layer))
+    y = torch.zeros(len(ids), target.d_out, dtype=layer_dtype(target.layer), device=ids.device)
+    given = {"x": ids, "y": y, "params": target.params, "cfg": target.cfg, "layer": target.layer, "training": False}
+    try:
+        target.variant.forward({**given, "context": {}})
+    except KeyError:  # it asks the context for what only a call of the model has
+        return
+    except Exception as error:
+        raise UnsupportedLayer(
+            f"{target.name} is an embedding, and forward of variant '{target.variant.name}' cannot read token ids "
+            f"({type(error).__name__}: {error})\n  its author makes it so with lowrank_delta(x, A, B) or "
+            "project(x, A) in the place of F.linear(x, A); LAYERS says what it serves"
+        ) from error
 
 
 def check_has_weights(targets: Iterable[Target]) -> None:

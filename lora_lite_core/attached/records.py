@@ -13,7 +13,7 @@ from ..contract.errors import AdapterNameError, ModelStateError, did_you_mean, l
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..layers.rollback import AllOrNothing
-from .forward_hooks import targets_on
+from .layer_hooks.layer_state import targets_on
 
 RECORDS = "_lora_lite_adapters"
 
@@ -100,12 +100,20 @@ def present_targets(model: nn.Module, name: str) -> dict[str, Target | None]:
     """The adapter's targets by layer; None where the user has removed or replaced the layer since."""
     found: dict[str, Target | None] = {}
     for path in record_of(model, name).layers:
-        try:
-            on_layer = targets_on(model.get_submodule(path))
-        except AttributeError:
-            on_layer = ()
-        found[path] = next((target for target in on_layer if target.adapter == name), None)
+        on_layer, part = targets_under(model, path)
+        found[path] = next((one for one in on_layer if one.adapter == name and one.part == part), None)
     return found
+
+
+def targets_under(model: nn.Module, path: str) -> tuple[tuple[Target, ...], str]:
+    """What stands on the layer of that name, and "", or on the owner of the parameter of that name, and its own."""
+    owner, _, part = path.rpartition(".")
+    for name, rest in ((path, ""), (owner, part)):
+        try:
+            return targets_on(model.get_submodule(name)), rest
+        except AttributeError:
+            continue
+    return (), ""
 
 
 def targets_of(model: nn.Module, name: str) -> dict[str, Target]:

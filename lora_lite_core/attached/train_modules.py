@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import ModelStateError, TargetError, closest, listed
-from .forward_hooks import state_of
+from .layer_hooks.layer_state import state_of
 from .records import Record, Whole, records_of
 
 

@@ -20,7 +20,7 @@ context           {name: value}: what the whole model was called with, and what 
 step              how many optimizer steps the adapter has been through, 0 at the first; saved, and goes on after `load`
 targets           one `Target` a layer: name, layer, d_in, d_out, cfg, params, reconfigure(r=…), drop()
 calibration_data  what was given to `attach`, or None; `calibration_batches(calibration_data, "name")` checks it
-x                 (..., d_in), what the frozen layer receives; any leading shape, also empty; any floating dtype
+x                 (..., d_in), what the layer receives, any leading shape and floating dtype; token ids of an embedding
 y                 (..., d_out), the output so far: of the frozen layer and of adapters attached before
 training          True while the layer is in training mode; False in evaluation, and where the core merges or exports
 config            the fields of PEFT's adapter_config.json, r and lora_alpha being this layer's own
@@ -33,6 +33,7 @@ AFFINE            False when the adapted layer is not affine in x, so that it ca
 IDENTITY_ATOL     largest deviation of a fresh adapter from the identity in float32; default 0.0, bit for bit
 BENCH             what `lora-lite bench` trains it well with: a learning rate for AdamW, steps, or both: {"lr": 5e-3}
 IDENTITY_REASON   one sentence that says why it is not 0; required beside IDENTITY_ATOL
+LAYERS            what it serves of "linear", "convolution", "embedding", "experts", "block"; default all but the last
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Target: one adapter on one layer. Its only record: handed to `group_init`, kept on the layer, written to a file."""
+"""Target: one adapter on one layer. Its only record: handed to `group_init`, kept on the layer, written to a file.
+
+Fused experts are one target while they are on the model, and one for each expert where a variant looks at them.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,11 @@ class Target:
     cfg: Any  # of the variant's own class
     variant: Variant
     adapter: str  # the adapter's name
+    kind: str = "linear"  # of layer: one of variant.KINDS
+    part: str = ""  # of fused experts: the layer's parameter that holds them
+    experts: int = 0  # and how many they are: the adapter's tensors have that many in front
+    stack: Target | None = None  # of one expert, where a variant looks at it: the target that it is one of
+    number: int = 0  # and which one
     storage: str = "dense"  # how the layer keeps its weight
     attributes: dict[str, str] = field(default_factory=dict)  # bare name → attribute, as lora_A → lora_A__style
     saved: tuple[str, ...] = ()  # the bare names that go into a file for this layer
@@ -59,15 +67,17 @@ class Target:
     folded: bool = False  # True inside merged(): the layer's weight has the adapter in it
     placing: Placing | None = None  # while group_init runs
     calls: Any = None  # what the model is called with, for variants that ask for it
-    seen: Params | None = None  # what `params` gives instead, in before_step: sharded tensors as whole ones
+    seen: Params | None = None  # what `params` gives instead: those of one expert, or sharded tensors as whole ones
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The adapter's tensors on this layer by bare name; to be filled in place."""
-        return Params(self.params_on(self.layer)) if self.seen is None else self.seen
+        return Params(self.params_on(self.layer))
 
     def params_on(self, layer: nn.Module) -> dict[str, Tensor]:
         """The same of a layer that may be a replica of this one; read anew at every call."""
+        if self.seen is not None:
+            return self.seen
         params = {bare: getattr(layer, attribute) for bare, attribute in self.attributes.items()}
         for bare, (_, attribute, held) in self.shared.items():
             params[bare] = held[attribute]

@@ -14,6 +14,11 @@ HOOKS = (
 )  # fmt: skip
 
 
+# Kinds of layer, of which a variant's LAYERS names some. A block is any module that returns what it gets in the same
+# width, and only for those who ask for it.
+KINDS = ("linear", "convolution", "embedding", "experts", "block")
+
+
 class Hook:
     """One function of a variant and the arguments it names."""
 
@@ -47,6 +52,7 @@ class Variant:
         self.identity_atol: float = getattr(namespace, "IDENTITY_ATOL", 0.0)
         self.identity_reason: str = getattr(namespace, "IDENTITY_REASON", "")
         self.bench: Mapping[str, float] = getattr(namespace, "BENCH", {})
+        self.layers: tuple[str, ...] = tuple(getattr(namespace, "LAYERS", KINDS[:-1]))
         self.param_specs = hooks["param_specs"]
         self.init = hooks.get("init")
         self.group_init = hooks.get("group_init")

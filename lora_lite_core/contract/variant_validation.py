@@ -13,7 +13,7 @@ from . import hookspecs
 from .config import AdapterConfig
 from .errors import BrokenPlugin, LoraLiteError, did_you_mean, listed
 from .text import is_variant_name, told
-from .variant import HOOKS, Hook, Origin, Variant
+from .variant import HOOKS, KINDS, Hook, Origin, Variant
 
 _manager = PluginManager("lora_lite")
 _manager.add_hookspecs(hookspecs)
@@ -171,3 +171,9 @@ def _check_constants(label: str, namespace: Any) -> None:
         )
     if not isinstance(getattr(namespace, "AFFINE", True), bool):
         raise BrokenPlugin(f"{label}: AFFINE is {namespace.AFFINE!r}; give True or False")
+    layers = getattr(namespace, "LAYERS", KINDS)
+    if not isinstance(layers, (tuple, list)) or not layers or not set(layers) <= set(KINDS):
+        raise BrokenPlugin(
+            f"{label}: LAYERS is {layers!r}; give a tuple of the kinds of layer that it serves: "
+            f"{', '.join(map(repr, KINDS))}"
+        )

@@ -12,6 +12,7 @@ ALLOW, BLOCK = "LORA_LITE_PLUGINS", "LORA_LITE_BLOCK"  # environment switches: n
 # For the "pip install …" hint when a first-party package is missing, and for what LORA_LITE_PLUGINS=NAME means.
 FIRST_PARTY = {
     "lora": "lora-lite-lora",
+    "trainable_tokens": "lora-lite-lora",
     "antipasto": "lora-lite-svd",
     "eva": "lora-lite-svd",
     "lora_xs": "lora-lite-svd",

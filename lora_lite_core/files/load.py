@@ -20,7 +20,8 @@ from ..attached.model_checks import (
     check_takes_parameters,
 )
 from ..attached.records import Record, Whole, check_name, check_one_owner
-from ..attached.targeting import located
+from ..attached.targets.places import found_at
+from ..attached.targets.targeting import located
 from ..attached.tensors.declared import shared_key, specs_for
 from ..contract.config import AdapterConfig, changed_by_file, config_from_file
 from ..contract.errors import (
@@ -105,7 +106,7 @@ def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
 
 def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant: Variant, name: str) -> list[Target]:
     """The file's own targets in this model; its patterns are not run again."""
-    layers = dict(model.named_modules())
+    layers = _names(model)
     if not file.targets:
         raise AdapterFileError(f"{file.path} has no targets: it is an adapter on no layer")
     if missing := [path for path in file.targets if path not in layers]:
@@ -114,7 +115,7 @@ def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant
             f"{type(model).__name__}: {listed(missing, 3)}{did_you_mean(missing[0], layers)}"
         )
     targets = [
-        located(path, layers[path], _own(cfg, saved["overrides"]), variant, name)
+        located(path, found_at(model, path, variant), _own(cfg, saved["overrides"]), variant, name)
         for path, saved in file.targets.items()
     ]
     for target in targets:
@@ -125,6 +126,11 @@ def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant
                 f"{saved['d_in']} → {saved['d_out']} in the model that {file.path} was made on"
             )
     return targets
+
+
+def _names(model: nn.Module) -> set[str]:
+    """Of all modules and parameters."""
+    return {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
 
 
 def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:

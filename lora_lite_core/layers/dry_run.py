@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..contract.errors import TargetError, listed
 from ..contract.text import count
-from .layer_kinds import sizes_of
+from .kinds.layer_kinds import sizes_of
 from .twins import Twins
 from .weight_reading import base_forward, probe, within
 

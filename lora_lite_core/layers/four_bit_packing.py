@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..contract.errors import ModelStateError
 from ..contract.text import count
-from .layer_kinds import is_a
+from .kinds.layer_kinds import is_a
 
 FLAG = "support_avx512bf16_for_cpu"
 PREPARED = "_lora_lite_prepared"  # on a layer: its flag stays off

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from ..contract.errors import ModelStateError
 from .copy_on_write import CopyOnWrite, storage_key
 from .four_bit_packing import FLAG
-from .layer_kinds import layer_sizes
+from .kinds.layer_kinds import layer_sizes
 
 Value = TypeVar("Value")
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convolution import flat_weight, is_convolution
 from .four_bit_packing import read_bitsandbytes, unpack
-from .layer_kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
+from .kinds.convolution import flat_weight, is_convolution
+from .kinds.embedding import is_embedding, is_table
+from .kinds.layer_kinds import is_conv1d, is_plain, layer_device, layer_dtype, sizes_of, storage_of
 from .twins import Twins
 
 PROBE_ROWS = 256  # identity rows per block when a weight is probed
@@ -19,9 +20,11 @@ PROBE_ROWS = 256  # identity rows per block when a weight is probed
 
 def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """The frozen layer alone, without any hook: x (..., d_in) → (..., d_out), bias included; of a convolution x are
-    patches."""
+    patches, of an embedding rows (..., d_in) or token ids (...,)."""
     if is_convolution(layer):
         return nn.functional.linear(x, flat_weight(layer), layer.bias)
+    if is_embedding(layer) and x.is_floating_point():
+        return nn.functional.linear(x, dense_weight(layer))
     forward: Callable[[Tensor], Tensor] = layer.forward
     return forward(x)
 
@@ -46,6 +49,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def _probed(layer: nn.Module) -> Tensor:
     d_in, d_out = sizes_of(layer)
     with probe(layer, bias=False) as (twin, zero):
+        if is_embedding(layer):
+            return base_forward(twin, torch.arange(d_in, device=zero.device)).T
         weight = zero.new_empty(d_out, d_in)
         at_zero = base_forward(twin, zero)
         for start in range(0, d_in, PROBE_ROWS):
@@ -95,6 +100,8 @@ def bias_of(layer: nn.Module) -> Tensor:
     if is_plain(layer):
         bias: Tensor | None = getattr(layer, "bias", None)
         return layer.weight.new_zeros(layer.out_features) if bias is None else bias.detach()
+    if is_embedding(layer):
+        return layer.weight.new_zeros(layer.embedding_dim)
     with probe(layer, bias=True) as (twin, zero):
         return base_forward(twin, zero)[0]
 
@@ -105,6 +112,8 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
         return layer.weight.detach()
     if is_convolution(layer):
         return flat_weight(layer).detach()
+    if is_table(layer):
+        return layer.weight.detach().T
     weight: Any = layer.weight if is_conv1d(layer) else None
     return None if weight is None else weight.detach().T
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .layer_kinds import layer_device, sizes_of
+from .kinds.layer_kinds import layer_device, sizes_of
 from .weight_reading import base_forward, plain_weight, probe, within
 
 SKETCH_SIZE = 16  # projections of a sketch

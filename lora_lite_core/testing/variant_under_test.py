@@ -23,6 +23,9 @@ class CheckFailed(AssertionError):
     """A promise is broken. The message says which, what was seen, and how to mend it."""
 
 
+NAMES = ("up", "down", "mix", "pair")  # of the layers of the kit's models
+
+
 class Net(nn.Module):
     """Layers d → h → d in a residual branch, one of them without a bias, and two d → d on its output; x (..., d).
 
@@ -41,6 +44,30 @@ class Net(nn.Module):
             return self.get_submodule(only)(x)
         hidden = x + self.down(torch.tanh(self.up(x)))
         return self.mix(hidden) + self.pair(torch.tanh(hidden))
+
+
+class Block(nn.Module):
+    """x (..., d) → (..., d), as a decoder layer is to a variant of blocks."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(d, d)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+class Blocks(Net):
+    """The same with blocks d → d in the places of layers, for variants that serve no linear layer."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(d, d)
+        for name in NAMES:
+            setattr(self, name, Block(d))
 
 
 class Packed(nn.Module):
@@ -88,8 +115,11 @@ class Subject:
         known = {field.name for field in fields(cfg)}
         everywhere |= {name: {} for name in ("rank_pattern", "alpha_pattern") if name in known}
         self.given = cfg
-        self.cfg = replace(cfg, **everywhere)
         self.variant: Variant = get_variant(cfg.variant)
+        self.of_blocks = "linear" not in self.variant.layers
+        if self.of_blocks:
+            everywhere["target_names"] = (f"^({'|'.join(NAMES)})$",)
+        self.cfg = replace(cfg, **everywhere)
         self.calibration = calibration
         self.identity_tol = self.variant.identity_atol if identity_tol is None else identity_tol
         self.sizes = sizes
@@ -115,7 +145,8 @@ class Subject:
         """A fresh model; the same one for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Net(*self.sizes).to(dtype).train(not self.asks_for_training)
+            made = Blocks(self.sizes[0]) if self.of_blocks else Net(*self.sizes)
+            return made.to(dtype).train(not self.asks_for_training)
 
     def x(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """Inputs of the model, (4, 6, d) by default."""

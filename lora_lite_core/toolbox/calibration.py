@@ -10,9 +10,11 @@ import click
 import torch
 from torch import Tensor, nn
 
+from ..attached.layer_hooks.expert_hooks import listen
 from ..contract.errors import CalibrationError
-from ..layers.convolution import rows_of
-from ..layers.layer_kinds import input_name
+from ..layers.kinds.convolution import rows_of
+from ..layers.kinds.embedding import is_embedding
+from ..layers.kinds.layer_kinds import input_name
 from ..layers.twins import Twins
 
 if TYPE_CHECKING:
@@ -102,11 +104,15 @@ def collect_inputs(
     with a progress bar on a terminal. Raises CalibrationError for a layer that no batch reached, or that left its
     group, ModelStateError for a model whose class forbids copies.
     """
+    if lookups := [target.name for target in targets if is_embedding(target.layer)]:
+        raise CalibrationError(f"{lookups[0]} is an embedding, whose inputs are token ids and have no statistics")
     collector = _Collector(make, shared)
     twins = Twins()
     twin = twins.of(model)
     for target in targets:
-        twins.of(target.layer).register_forward_pre_hook(collector.hook_for(target), with_kwargs=True)
+        if target.stack is None:
+            twins.of(target.layer).register_forward_pre_hook(collector.hook_for(target), with_kwargs=True)
+    listen_to_experts(targets, twins, collector.visit_rows)
     hidden = not sys.stderr.isatty()
     with click.progressbar(batches, label="calibrating", file=sys.stderr, hidden=hidden) as bar:
         for batch in bar:
@@ -144,12 +150,40 @@ class _Collector:
                 )
             return
         self.seen.append((x, target.name))
-        if target.name not in self.found:
-            self.found[target.name] = self.make(target)
-        rows = rows_of(target.layer, x.detach()).to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+        rows = rows_of(target.layer, x.detach()).flatten(0, -2)
         if self.mask is not None and self.mask.numel() == len(rows):
             rows = rows[self.mask.to(rows.device).flatten().bool()]
-        self.found[target.name].add(rows)
+        self.add(target, rows)
+
+    def visit_rows(self, target: Target, rows: Tensor, y: Tensor) -> Tensor:
+        """Of an expert, which gets other rows than any other layer, and no padding that could be told."""
+        self.leader[target.name] = target.name
+        self.add(target, rows.detach())
+        return y
+
+    def add(self, target: Target, rows: Tensor) -> None:
+        if target.name not in self.found:
+            self.found[target.name] = self.make(target)
+        self.found[target.name].add(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+
+
+def listen_to_experts(
+    targets: Sequence[Target], twins: Twins, call: Callable[[Target, Tensor, Tensor], Tensor]
+) -> None:
+    """Have `call` see the rows and outputs of those targets that are one expert, on the twins of their modules."""
+    stacks: dict[int, dict[int, Target]] = {}
+    for target in targets:
+        if target.stack is not None:
+            stacks.setdefault(id(target.stack), {})[target.number] = target
+    for members in stacks.values():
+        stack = next(iter(members.values())).stack
+        assert stack is not None
+
+        def heard(index: Any, x: Tensor, y: Tensor | None, members: dict[int, Target] = members) -> Tensor:
+            assert y is not None
+            return call(members[int(index)], x, y) if int(index) in members else y
+
+        listen(twins.of(stack.layer), stack.part, heard)
 
 
 def principal_directions(moment: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,9 @@ class DropoutConfig(LowRankConfig):
 
 def dropped(x: Tensor, cfg: DropoutConfig, training: bool) -> Tensor:
     """In training mode x with a share of its entries set to zero and the others grown to make up for it, else x itself.
+    Token ids, what the adapter of an embedding reads, are left as they are, as in the peft package.
     Draws from torch's global generator, so that activation checkpointing repeats the draw.
 
     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov: Dropout, 2014 (JMLR 15).
     """
-    return F.dropout(x, cfg.dropout) if training and cfg.dropout else x
+    return F.dropout(x, cfg.dropout) if training and cfg.dropout and x.is_floating_point() else x

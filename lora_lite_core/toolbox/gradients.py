@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.errors import CalibrationError
-from ..layers.convolution import channels_last, is_convolution, rows_of
-from ..layers.layer_kinds import input_name
+from ..layers.kinds.convolution import channels_last, is_convolution, rows_of
+from ..layers.kinds.embedding import is_embedding
+from ..layers.kinds.layer_kinds import input_name
 from ..layers.twins import Twins
-from .calibration import output_of
+from .calibration import listen_to_experts, output_of
 
 if TYPE_CHECKING:
     from ..contract.target import Target
@@ -38,7 +39,9 @@ def collect_gradients(
     twin.requires_grad_(False)  # of the twin's own parameters
     found: dict[str, Tensor] = {}
     for target in targets:
-        twins.of(target.layer).register_forward_hook(_collector(target, found), with_kwargs=True)
+        if target.stack is None:
+            twins.of(target.layer).register_forward_hook(_collector(target, found), with_kwargs=True)
+    listen_to_experts(targets, twins, lambda target, x, y: _follow(target, found, x.detach(), y))
     count = 0
     for batch in batches:
         count += 1
@@ -59,21 +62,29 @@ def collect_gradients(
 def _collector(target: Target, found: dict[str, Tensor]) -> Callable[..., Tensor | None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         x: Tensor = (args[0] if args else kwargs[input_name(layer)]).detach()
-        if not y.requires_grad:  # nothing before it is trained: the way back starts here
-            y = y.detach().requires_grad_()
-        y.register_hook(lambda gradient: add(x, gradient))
-        return y
-
-    def add(x: Tensor, gradient: Tensor) -> None:
-        x = rows_of(target.layer, x)
-        if is_convolution(target.layer):
-            gradient = channels_last(target.layer, gradient)
-        full = torch.promote_types(x.dtype, torch.float32)
-        rows, errors = x.reshape(-1, target.d_in).to(full), gradient.detach().reshape(-1, target.d_out).to(full)
-        product = errors.T @ rows
-        found[target.name] = found[target.name] + product if target.name in found else product
+        return _follow(target, found, x, y)
 
     return hook
+
+
+def _follow(target: Target, found: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """y, whose gradient will be gathered on the way back."""
+
+    def add(x: Tensor, gradient: Tensor) -> None:
+        if is_convolution(target.layer):
+            gradient = channels_last(target.layer, gradient)
+        full = torch.promote_types(gradient.dtype, torch.float32)
+        errors = gradient.detach().reshape(-1, target.d_out).to(full)
+        if is_embedding(target.layer):
+            product = errors.new_zeros(target.d_in, target.d_out).index_add_(0, x.reshape(-1), errors).T
+        else:
+            product = errors.T @ rows_of(target.layer, x).reshape(-1, target.d_in).to(full)
+        found[target.name] = found[target.name] + product if target.name in found else product
+
+    if not y.requires_grad:  # nothing before it is trained: the way back starts here
+        y = y.detach().requires_grad_()
+    y.register_hook(lambda gradient: add(x, gradient))
+    return y
 
 
 def _loss(output: Any, batch: Any, loss: LossOf | None) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attached.records import Record, names_of, record_of, records_of, targets_of
+from ..attached.targets.experts import single
 from ..attached.tensors.made import as_made, check_in_place
 from ..contract.errors import BrokenPlugin, ModelStateError
 from ..contract.target import Params, Target
-from ..layers.layer_kinds import is_sharded
+from ..layers.kinds.layer_kinds import is_sharded
 
 
 def follow(model: nn.Module, optimizer: Any) -> RemovableHandle:
@@ -68,7 +69,7 @@ class _BeforeStep:
 def _act(model: nn.Module, name: str, record: Record) -> None:
     assert record.variant.before_step is not None
     whole = _Whole()
-    targets = tuple(replace(target, seen=whole.params(target)) for target in targets_of(model, name).values())
+    targets = tuple(one for target in targets_of(model, name).values() for one in whole.targets(target))
     made = [(target, as_made(target.params)) for target in targets]
     label = f"before_step of variant '{record.variant.name}'"
     if record.variant.before_step({"targets": targets, "cfg": record.cfg, "step": record.step}) is not None:
@@ -84,8 +85,17 @@ class _Whole:
     def __init__(self) -> None:
         self._made: dict[int, tuple[Any, Tensor]] = {}
 
-    def params(self, target: Target) -> Params:
-        return Params({bare: self._whole(tensor) for bare, tensor in target.params.items()})
+    def targets(self, target: Target) -> list[Target]:
+        """The target with whole tensors, or each of its experts with slices of them and of their gradients."""
+        params = {bare: self._whole(tensor) for bare, tensor in target.params.items()}
+        if not target.experts:
+            return [replace(target, seen=Params(params))]
+        found = single(target, {bare: tensor.detach() for bare, tensor in params.items()})
+        for index, one in enumerate(found):
+            for bare, tensor in one.params.items():
+                if (gradient := params[bare].grad) is not None:
+                    tensor.grad = gradient if bare in target.shared else gradient[index]
+        return found
 
     def _whole(self, tensor: Any) -> Tensor:
         if not is_sharded(tensor):
@@ -130,14 +140,18 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
                 bare: tensor.full_tensor() if is_sharded(tensor) else tensor
                 for bare, tensor in target.params_on(target.layer).items()
             }
-            term = record.variant.penalty({"params": params, "cfg": target.cfg})
-            if not isinstance(term, Tensor) or term.dim():
-                what = f"a tensor {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
-                raise BrokenPlugin(
-                    f"penalty of variant '{record.variant.name}' returned {what}; return a scalar tensor"
-                )
-            total = total + term.to(device)
+            for single_one in single(target, params):
+                total = total + _term(record, single_one).to(device)
     return total
+
+
+def _term(record: Record, target: Target) -> Tensor:
+    assert record.variant.penalty is not None
+    term: object = record.variant.penalty({"params": target.params, "cfg": target.cfg})
+    if not isinstance(term, Tensor) or term.dim():
+        what = f"a tensor {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+        raise BrokenPlugin(f"penalty of variant '{record.variant.name}' returned {what}; return a scalar tensor")
+    return term
 
 
 def _parameters(model: nn.Module, name: str) -> Iterable[nn.Parameter]:

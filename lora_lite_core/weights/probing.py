@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attached.forward_hooks import targets_on
+from ..attached.layer_hooks.layer_state import targets_on
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
-from ..layers.layer_kinds import layer_device
+from ..layers.kinds.embedding import is_embedding
+from ..layers.kinds.layer_kinds import layer_device
 from ..layers.rollback import Modes
+from ..layers.twins import twin_of
 from ..layers.weight_reading import PROBE_ROWS, base_forward, bias_of, dense_weight
 
 AFFINE_TOLERANCE = 1e-6  # relative; affine variants stay below 1e-12, a tanh of size 1e-3 shows as 2e-5
@@ -37,6 +39,7 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
     adapted layer is not affine in x; ModelStateError when an adapter is switched off or has no values yet.
     """
     for target in targets:
+        refuse_block(target)
         if target.variant.asks("context"):
             raise MergeError(
                 f"{name} with '{target.adapter}' ({target.variant.name}) computes another thing with every call of the "
@@ -62,6 +65,8 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
 def _probed(
     name: str, layer: nn.Module, targets: Sequence[Target], params: list[dict[str, Tensor]], device: torch.device
 ) -> AffineMap:
+    if is_embedding(layer):
+        return _table(layer, targets, params, device)
     twin = dense_twin(layer, device)
     d_in, d_out = twin.in_features, twin.out_features
     shift = _run(twin, targets, params, torch.zeros(1, d_in, dtype=torch.float64, device=device))[0]
@@ -78,6 +83,19 @@ def _probed(
     return found
 
 
+def _table(
+    layer: nn.Embedding, targets: Sequence[Target], params: list[dict[str, Tensor]], device: torch.device
+) -> AffineMap:
+    """Of an embedding every token is looked up: whatever the adapters make of it is a table again."""
+    twin = twin_of(layer).to(device, torch.float64)
+    base = dense_weight(twin).T
+    rows = torch.empty_like(base)
+    for ids in torch.arange(len(base), device=device).split(16 * PROBE_ROWS):
+        rows[ids] = _run(twin, targets, params, ids, base[ids])
+    zeros = base.new_zeros(base.shape[1])
+    return AffineMap(rows.T, zeros, base.T, zeros)
+
+
 def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
     """A plain float64 nn.Linear, in eval mode, that computes what the frozen layer does; its bias may be zeros."""
     weight, bias = dense_weight(layer), bias_of(layer)
@@ -87,16 +105,24 @@ def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
     return twin
 
 
-def adapters_alone(name: str, layer: nn.Module, adapters: Sequence[str]) -> tuple[Target, ...]:
-    """The layer's targets of these adapters; MergeError when another adapter is on the layer, too."""
-    targets = targets_on(layer)
+def adapters_alone(of: Target, adapters: Sequence[str]) -> tuple[Target, ...]:
+    """All targets of these adapters on the target's layer; MergeError when another adapter is on it, too."""
+    targets = tuple(target for target in targets_on(of.layer) if target.part == of.part)
     others = [target.adapter for target in targets if target.adapter not in adapters]
     if others:
         raise MergeError(
-            f"{name} carries adapter '{others[0]}', too, and what one adds depends on the other; "
+            f"{of.name} carries adapter '{others[0]}', too, and what one adds depends on the other; "
             "merge or export all of them together (name=None), or detach the other one first"
         )
     return targets
+
+
+def refuse_block(target: Target) -> None:
+    if target.kind == "block":
+        raise MergeError(
+            f"{target.name} with '{target.adapter}' ({target.variant.name}) is a whole block, which has no weight to "
+            "merge into; it can only be run"
+        )
 
 
 def check_usable(name: str, target: Target, layer: nn.Module) -> None:
@@ -121,7 +147,7 @@ def _params(name: str, target: Target, layer: nn.Module, device: torch.device) -
 
 
 def _run(
-    twin: nn.Linear, targets: Sequence[Target], params: list[dict[str, Tensor]], x: Tensor, y: Tensor | None = None
+    twin: nn.Module, targets: Sequence[Target], params: list[dict[str, Tensor]], x: Tensor, y: Tensor | None = None
 ) -> Tensor:
     """The adapted layer on x, as its hooks run it; y is the frozen layer's output where it is known already."""
     pairs = list(zip(targets, params, strict=True))
@@ -135,7 +161,7 @@ def _run(
     return out
 
 
-def _given(twin: nn.Linear, target: Target, params: dict[str, Tensor]) -> dict[str, Any]:
+def _given(twin: nn.Module, target: Target, params: dict[str, Tensor]) -> dict[str, Any]:
     return {"params": params, "cfg": target.cfg, "layer": twin, "training": False}
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...contract.errors import BaseMismatch, listed
 from ...contract.target import Target
 from ...contract.text import count
-from ...layers.layer_kinds import storage_of
 from ...layers.weight_sketch import sketch_distance, sketch_tolerance
 from ..model_checks import Reaction
 from ..records import record_of, records_of, targets_of
+from ..targets.experts import storage_now
 from ..tensors.declared import specs_for, take_fingerprint, weight_version
 from ..tensors.made import copy_values, make_tensors
 
@@ -32,7 +32,7 @@ def check_base(what: str, targets: Iterable[Target], saved: Saved, reaction: Rea
         now = take_fingerprint(target) if fingerprint else None
         if fingerprint is None or now is None:
             continue
-        storages = storage, storage_of(target.layer)
+        storages = storage, storage_now(target)
         distance = sketch_distance(torch.tensor(fingerprint), torch.tensor(now))
         if not distance <= (allowed := sketch_tolerance(*storages)):
             far.append((distance, allowed, target.name))
@@ -65,8 +65,8 @@ def refresh(model: nn.Module, name: str, reaction: Reaction) -> list[str]:
     for path, new in changed.items():
         copy_values(new, targets[path].params_on(targets[path].layer))
     for target in targets.values():
-        target.fingerprint, target.storage = take_fingerprint(target), storage_of(target.layer)
-        target.base_version = weight_version(target.layer)
+        target.fingerprint, target.storage = take_fingerprint(target), storage_now(target)
+        target.base_version = weight_version(target.layer, target.part)
     return list(changed)
 
 
@@ -87,7 +87,7 @@ def warn_if_stale(model: nn.Module, name: str, *, stacklevel: int) -> None:
     any more. Only layers whose weight torch has counted a write to (or that were copied, or moved) are looked at."""
     stale: list[str] = []
     for path, target in targets_of(model, name).items():
-        if target.base_version != (version := weight_version(target.layer)):
+        if target.base_version != (version := weight_version(target.layer, target.part)):
             if _is_stale(model, target):
                 stale.append(path)
             else:
@@ -105,7 +105,7 @@ def _is_stale(model: nn.Module, target: Target) -> bool:
     now = take_fingerprint(target) if target.fingerprint else None
     if target.fingerprint is not None and now is not None:
         distance = sketch_distance(torch.tensor(target.fingerprint), torch.tensor(now))
-        if not distance <= sketch_tolerance(target.storage, storage_of(target.layer)):
+        if not distance <= sketch_tolerance(target.storage, storage_now(target)):
             return True
     return bool(_changes(model, target))
 

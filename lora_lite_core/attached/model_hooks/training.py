@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...contract.errors import ModelStateError, listed
-from ...layers.layer_kinds import is_a
+from ...layers.kinds.layer_kinds import is_a
 from ..records import present_targets, record_of, records_of
 
 REMINDER = (

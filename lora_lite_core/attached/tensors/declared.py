@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from ...contract.config import AdapterConfig
 from ...contract.errors import BrokenPlugin, LoraLiteError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
-from ...layers.layer_kinds import layer_dtype
+from ...layers.kinds.layer_kinds import layer_dtype
+from ..targets.experts import as_layer, first_layer
 
 
 def specs_for(target: Target) -> dict[str, ParamSpec]:
     """The checked parameter specs of one layer. What the variant raises is raised with the layer's name before it."""
     sizes = {"d_in": target.d_in, "d_out": target.d_out}
-    given = {**sizes, "cfg": target.cfg, "layer": target.layer, "name": target.name}
+    layer = first_layer(target) if "layer" in target.variant.param_specs.argnames else None
+    given = {**sizes, "cfg": target.cfg, "layer": layer, "name": target.name}
     try:
         specs = target.variant.param_specs(given)
     except LoraLiteError as error:  # a variant refuses a layer; it does not know its name
@@ -33,12 +36,25 @@ def specs_for(target: Target) -> dict[str, ParamSpec]:
             raise BrokenPlugin(
                 f"{label} names a tensor '{bare}'; names start with lora_, are identifiers and have no __"
             )
-    return dict(specs)
+    return {bare: spec if spec.shared else _stacked(spec, target.experts) for bare, spec in specs.items()}
 
 
-def attribute_name(bare: str, adapter: str) -> str:
-    """`lora_A` on the layer for "default", `lora_A__style` for "style"."""
-    return bare if adapter == "default" else f"{bare}__{adapter}"
+def _stacked(spec: ParamSpec, count: int) -> ParamSpec:
+    """The same for each of so many experts, filled one after the other."""
+    if not count:
+        return spec
+
+    def fill(stack: Tensor, generator: torch.Generator) -> None:
+        for tensor in stack:
+            spec.fill(tensor, generator)
+
+    return replace(spec, shape=(count, *spec.shape), init=spec.init if spec.init in ("zeros", "ones") else fill)
+
+
+def attribute_name(bare: str, adapter: str, part: str = "") -> str:
+    """`lora_A` on the layer for "default", `lora_A__style` for "style"; `lora_A_down_proj` for a part of it."""
+    own = f"{bare}_{part}" if part else bare
+    return own if adapter == "default" else f"{own}__{adapter}"
 
 
 def shared_key(spec: ParamSpec) -> str:
@@ -69,7 +85,7 @@ def take_fingerprint(target: Target) -> list[float] | None:
     """What the adapter assumes about this layer, as plain floats for a file's header."""
     if target.variant.fingerprint is None:
         return None
-    value = target.variant.fingerprint({"layer": target.layer, "cfg": target.cfg})
+    value = target.variant.fingerprint({"layer": as_layer(target), "cfg": target.cfg})
     if value is not None and not isinstance(value, Tensor):
         raise BrokenPlugin(
             f"fingerprint of variant '{target.variant.name}' returned {type(value).__name__}; return a tensor or None"
@@ -77,7 +93,7 @@ def take_fingerprint(target: Target) -> list[float] | None:
     return None if value is None else [float(f"{v:.7g}") for v in value.detach().float().flatten().tolist()]
 
 
-def weight_version(layer: nn.Module) -> int:
+def weight_version(layer: nn.Module, part: str = "") -> int:
     """How often torch has seen the layer's weight written in place."""
-    weight = layer._parameters.get("weight")
+    weight = layer._parameters.get(part or "weight")
     return -1 if weight is None else weight._version

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...contract.errors import BrokenPlugin
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
-from ...layers.layer_kinds import layer_device
+from ...layers.kinds.layer_kinds import layer_device
+from ..targets.experts import single
 from .declared import generator_for, tensor_dtype
 
 Made = dict[str, tuple[Tensor, torch.Size]]  # by bare name
@@ -56,9 +57,14 @@ def copy_values(values: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def _run_init(target: Target, made: Mapping[str, Tensor], shared: Mapping[str, Tensor], seed: int) -> None:
-    if target.variant.init is None:
-        return
-    params, before = {**made, **shared}, as_made({**made, **shared})
+    for one in single(target, {**made, **shared}) if target.variant.init is not None else ():
+        _init_one(one, shared, seed)
+
+
+def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
+    assert target.variant.init is not None
+    assert target.seen is not None
+    params, before = {**target.seen}, as_made(target.seen)
     versions = {bare: tensor._version for bare, tensor in shared.items()}
     generator = generator_for(seed, target, "init")
     given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}

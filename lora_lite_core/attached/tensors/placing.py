@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ...contract.errors import AdapterNameError, TargetError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
-from ..forward_hooks import leaving_no_hook
+from ..layer_hooks.putting import leaving_no_hook
 from ..records import Record
+from ..targets.experts import single
 from .declared import attribute_name, specs_for
 from .made import Made, as_made, check_in_place, make_tensors, register_tensor, zeros_for
 
@@ -35,7 +36,7 @@ class Making:
         """Make the tensors of one layer and put them on it; without values for now, for a model on meta."""
         declared = specs_for(target)
         specs = {bare: spec for bare, spec in declared.items() if not spec.shared}
-        attributes = {bare: attribute_name(bare, target.adapter) for bare in specs}
+        attributes = {bare: attribute_name(bare, target.adapter, target.part) for bare in specs}
         for attribute in attributes.values():
             if hasattr(target.layer, attribute):
                 raise AdapterNameError(
@@ -81,7 +82,8 @@ class Making:
         if record.variant.group_init is None:
             return
         label = f"group_init of variant '{record.variant.name}'"
-        given = {"model": model, "targets": tuple(self.placed), "cfg": record.cfg}
+        targets = tuple(one for target in self.placed for one in single(target))
+        given = {"model": model, "targets": targets, "cfg": record.cfg}
         with torch.no_grad(), leaving_no_hook(model, label):
             record.variant.group_init({**given, "calibration_data": calibration_data})
         if not self.placed:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...contract.errors import AdapterNameError, BrokenPlugin, TargetError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Shared, Target
-from ...layers.layer_kinds import layer_device
+from ...layers.kinds.layer_kinds import layer_device
 from .declared import attribute_name, generator_for, shared_key, tensor_dtype
 from .made import copy_values, fill, register_tensor
 

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
+from ...attached.targets.experts import single
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
+from ...contract.target import Target
 from ...weights.probing import adapted_map, adapters_alone
-from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules, written_form
+from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 from .folder_writing import checked_folder, write_folder
+from .forms import keys_of, written_form
+from .tied_tokens import leaders
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -67,14 +71,15 @@ def export_lora(
     check_outside(model)
     refuse_whole_modules(record)
     result = LoRAExport(checked_folder(directory), 0)
-    targets = targets_of(model, name)
+    targets = leaders(targets_of(model, name))
     fields = layout_fields(model, targets)
-    parts = {path: _change(model, path, name, tol) for path in targets}
+    singles = {path: single(target) for path, target in targets.items()}
+    parts = {one.name: _change(target, one, name, tol) for t, target in targets.items() for one in singles[t]}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
-        own = {path: getattr(target.cfg, "r", 0) for path, target in targets.items()}
+        own = {one.name: getattr(one.cfg, "r", 0) for each in singles.values() for one in each}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     result.rank = size
     for path, (U, S, Vh) in parts.items():
         root = S[:size].sqrt()
@@ -84,14 +89,14 @@ def export_lora(
         off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
         result.errors[path] = float(off / S.norm()) if S.any() else 0.0
         pad = size - len(A)
-        factors = {
-            "lora_A.weight": nn.functional.pad(A, (0, 0, 0, pad)),
-            "lora_B.weight": nn.functional.pad(B, (0, pad)),
-        }
-        made = written_form(targets[path].layer, factors)
-        tensors |= {f"{path}.{key}": tensor for key, tensor in made.items()}
+        padded = nn.functional.pad(A, (0, 0, 0, pad)), nn.functional.pad(B, (0, pad))
+        factors[path] = dict(zip(("lora_A.weight", "lora_B.weight"), padded, strict=True))
+    tensors: dict[str, Tensor] = {}
+    for path, key in keys_of(targets).items():
+        made = written_form(targets[path], [factors[one.name] for one in singles[path]])
+        tensors |= {f"{key}{name}": tensor for name, tensor in made.items()}
     fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
-    check_read_back(model, fields, {path: {"r": size, "lora_alpha": size} for path in parts})
+    check_read_back(model, fields, {path: {"r": size, "lora_alpha": size} for path in targets})
     write_folder(result.directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
     return result
 
@@ -114,10 +119,11 @@ def load_base(base: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _change(model: nn.Module, path: str, name: str, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ΔW of a layer as U S Vh, complete up to a tenth of tol."""
-    layer = model.get_submodule(path)
-    found = adapted_map(path, layer, adapters_alone(path, layer, [name]))
+def _change(target: Target, one: Target, name: str, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ΔW of a layer, or of one of a target's experts, as U S Vh, complete up to a tenth of tol."""
+    path = one.name
+    adapters_alone(target, [name])
+    found = adapted_map(path, one.layer, [one])
     shift, delta = found.bias - found.base_bias, found.weight - found.base_weight
     if float(shift.norm()) > 1e-6 * float(found.base_bias.norm() + delta.norm()):
         raise MergeError(

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
+from ...attached.targets.experts import single
 from ...attached.train_modules import current, outermost
 from ...contract.errors import MergeError
+from ...contract.target import Target
+from ...contract.variant import Hook
 from ...weights.probing import adapters_alone, check_usable
 from .config_json.fields import PER_LAYER
-from .config_json.layout import check_endings, check_read_back, layout_fields, written_form
+from .config_json.layout import check_endings, check_read_back, layout_fields
 from .folder_writing import checked_folder, write_folder
+from .forms import keys_of, written_form
+from .tied_tokens import ROWS, leaders, tied_to
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 
@@ -39,17 +44,22 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
     check_not_sharded(model, "export from a model that is not sharded")
     check_outside(model)
     folder = checked_folder(directory)
-    targets = targets_of(model, name)
+    targets = leaders(targets_of(model, name))
     layout = layout_fields(model, targets)
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
+    keys = keys_of(targets)
     for path, target in targets.items():
-        adapters_alone(path, target.layer, [name])
+        adapters_alone(target, [name])
         check_usable(path, target, target.layer)
-        params = {bare: tensor.detach() for bare, tensor in target.params_on(target.layer).items()}
-        with torch.no_grad():
-            fields[path], made = record.variant.to_peft({"params": params, "cfg": target.cfg, "layer": target.layer})
-        tensors |= {f"{path}.{key}": tensor for key, tensor in written_form(target.layer, made).items()}
+        each = [_asked(record.variant.to_peft, one) for one in single(target)]
+        fields[path] = each[0][0]
+        if target.experts and fields[path].get("lora_dropout"):
+            raise MergeError(f"{path}: PEFT has no dropout for fused experts; set it to 0 in the config")
+        made = written_form(target, [tensors for _, tensors in each])
+        others = tied_to(model, path) if ROWS in made else []
+        for key in (keys[path], *(f"{other}." for other in others)):
+            tensors |= {f"{key}{kind}": tensor for kind, tensor in made.items()}
     config = {**layout, **_joined(fields, layout["target_modules"])}
     if whole := outermost(dict.fromkeys(key.rpartition(".")[0] for key in record.whole)):
         config["modules_to_save"] = whole
@@ -58,6 +68,13 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
     own = {path: {key: made[key] for key in PER_LAYER if key in made} for path, made in fields.items()}
     check_read_back(model, config, own)
     write_folder(folder, model, config, tensors)
+
+
+@torch.no_grad()
+def _asked(to_peft: Hook, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    params = {bare: tensor.detach() for bare, tensor in target.params.items()}
+    fields, tensors = to_peft({"params": params, "cfg": target.cfg, "layer": target.layer})
+    return fields, tensors
 
 
 def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict[str, Any]:

@@ -19,17 +19,20 @@ from ...attached.adapter import Adapter
 from ...attached.attach_detach import install
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
 from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
+from ...attached.targets.places import place_of
 from ...attached.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
 from ...contract.text import plain
-from ...layers.layer_kinds import layer_device, target_sizes
+from ...layers.kinds.embedding import is_embedding
+from ...layers.kinds.layer_kinds import layer_device
 from ..train_modules import exact_patterns
 from .config_json.fields import check_fields, first_of
-from .config_json.layout import read_form
 from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
+from .forms import place_of_key, read_form
 from .readers import Part, read_parts
+from .tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 
@@ -71,8 +74,10 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     selection = Selection(config, model)
     whole = _whole_modules(selection, tensors)
     layers = _by_layer(selection, {key: tensor for key, tensor in tensors.items() if key not in whole})
+    tied = leave_to_leaders(model, layers)
     check_complete(selection, layers)
-    return read_parts(selection, layers, trainable), whole
+    parts = read_parts(selection, layers, tied, trainable)
+    return sorted(parts, key=lambda part: part.targets[0].name in selection.tokens), whole
 
 
 def _whole_modules(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Whole]:
@@ -103,28 +108,44 @@ def _whole_modules(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[
 
 def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors by layer and by their names there, in the model's order."""
-    modules = dict(selection.model.named_modules())
+    modules, parameters = dict(selection.model.named_modules()), selection.parameters()
     deepest = max(name.count(".") for name in modules) + 1
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         parts = key.split(".", deepest)
         ends = range(len(parts) - 1, 0, -1)
         path = next((one for end in ends if (one := ".".join(parts[:end])) in modules), "")
-        if not path or target_sizes(modules[path]) is None:
+        name = key[len(path) + 1 :]
+        inside = [one.rpartition(".")[2] for one in parameters if one.rpartition(".")[0] == path]
+        part, name = place_of_key(modules[path], inside, name) if path and inside else ("", name)
+        place = place_of(modules[path], part) if path else None
+        if place is None:
             raise AdapterFileError(
-                f"{first_of([key])} belongs to no linear layer or convolution of this {type(selection.model).__name__}"
+                f"{first_of([key])} belongs to no layer of this {type(selection.model).__name__} that can be adapted"
             )
+        if name == "base_layer.weight" and is_embedding(place.layer):  # PEFT writes it beside an adapter
+            _check_same(key, place.layer.weight, tensor)
+            continue
         if layer_device(modules[path]).type == "meta":
             raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
         if tensor.dtype not in FLOATS:
             raise AdapterFileError(
                 f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
             )
-        name = key[len(path) + 1 :]
-        found.setdefault(path, {})[name] = read_form(modules[path], name, tensor)
+        name, tensor = read_form(place, name, tensor)
+        found.setdefault(f"{path}.{part}" if part else path, {})[name] = tensor
     if not found:
         raise AdapterFileError(f"{WEIGHTS} holds no tensor of a layer")
-    return {path: found[path] for path in modules if path in found}
+    return {path: found[path] for path in (*modules, *parameters) if path in found}
+
+
+def _check_same(key: str, weight: Tensor, saved: Tensor) -> None:
+    """PEFT saves the embedding itself, too, where it is adapted or was resized."""
+    if saved.shape != weight.shape or not torch.equal(saved.to(weight), weight):
+        raise AdapterFileError(
+            f"{first_of([key])} {tuple(saved.shape)} is not this model's embedding {tuple(weight.shape)}: the adapter "
+            "was made on another one (resized, with new tokens); give the base those weights first"
+        )
 
 
 def _attach(model: nn.Module, name: str, parts: list[Part], whole: dict[str, Whole], trainable: bool) -> Adapter:

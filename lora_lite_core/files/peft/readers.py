@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...attached.targeting import located
+from ...attached.targets.places import Place, place_at
+from ...attached.targets.targeting import located
 from ...attached.tensors.declared import specs_for
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.text import normal, plain, told
-from ...contract.variant import Variant
+from ...contract.variant import Hook, Variant
 from ...discovery.entry_points import Entry
 from ...discovery.name_conflicts import FIRST_PARTY, state_of
 from ...discovery.registry import get_variant, registered, variant_entries
 from ...discovery.source_reading import read_source
+from ...layers.kinds.experts import expert
 from .config_json.fields import CONFIG, Tracked, check_all_read, first_of, shown
 from .config_json.selection import Selection
 
@@ -81,16 +83,24 @@ def _bound(node: ast.AST) -> tuple[str | None, ...]:
     return (node.asname or node.name,) if isinstance(node, ast.alias) else ()
 
 
-def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> list[Part]:
-    """Each layer's tensors, read by the first variant that knows them. Raises AdapterFileError."""
+def read_parts(
+    selection: Selection,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    tied: Mapping[str, Sequence[str]],
+    trainable: bool,
+) -> list[Part]:
+    """Each layer's tensors, read by the first variant that knows them; those that are tied to one read the same.
+    Raises AdapterFileError."""
     readers = Readers(selection.config["peft_type"])
     parts: dict[str, Part] = {}
-    for path, tensors in layers.items():
-        config, layer = selection.own(path), selection.model.get_submodule(path)
+    pairs = [(path, one, layers[path]) for path in layers for one in (path, *tied.get(path, ()))]
+    for leader, path, tensors in pairs:
+        config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, place_at(selection.model, path)
+        assert place is not None, path
         failure: AdapterFileError | None = None
         for variant in readers:
             try:
-                made = _ask(variant, path, layer, Tracked(config), Tracked(tensors), trainable)
+                made = _ask(variant, path, place, Tracked(config), Tracked(tensors), trainable)
             except AdapterFileError as error:
                 if FIRST_PARTY.get(variant.name) == normal(variant.distribution):
                     raise
@@ -107,19 +117,19 @@ def read_parts(selection: Selection, layers: Mapping[str, Mapping[str, Tensor]],
 
 
 def _ask(
-    variant: Variant, path: str, layer: nn.Module, config: Tracked[Any], tensors: Tracked[Tensor], trainable: bool
+    variant: Variant, path: str, place: Place, config: Tracked[Any], tensors: Tracked[Tensor], trainable: bool
 ) -> tuple[Target, dict[str, Tensor]] | None:
     """The layer as this variant's target and its values, checked; None if the variant does not know such tensors."""
     assert variant.from_peft is not None
     try:
-        made = variant.from_peft({"config": config, "tensors": tensors, "layer": layer})
+        made = _made(variant.from_peft, place, config, tensors)
         if made is None:
             return None
         fields, values = made
         check_all_read(config, variant.name, trainable)
         if ignored := [name for name in tensors if name not in tensors.read]:
             raise ConfigError(f"{first_of(ignored)} is nothing that variant '{variant.name}' reads")
-        target = located(path, layer, variant.Config(exclude_names=(), **fields), variant, "")
+        target = located(path, place, variant.Config(exclude_names=(), **fields), variant, "")
         return target, _checked(target, dict(values))
     except LoraLiteError as error:
         about = str(error).removeprefix(f"{path}: ")
@@ -133,6 +143,25 @@ def _ask(
             f"{path}: variant '{variant.name}' cannot read its fields and tensors {first_of(tensors)}: "
             f"{plain(told(error))}"
         ) from error
+
+
+def _made(
+    from_peft: Hook, place: Place, config: Tracked[Any], tensors: Tracked[Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What a variant makes of a layer's fields and tensors; of experts, of each of them, in stacks again."""
+    if not place.experts:
+        return from_peft({"config": config, "tensors": tensors, "layer": place.layer})
+    fields: dict[str, Any] = {}
+    each: list[dict[str, Tensor]] = []
+    for index in range(place.experts):
+        own = Tracked({name: dict.__getitem__(tensors, name)[index] for name in tensors})
+        made = from_peft({"config": config, "tensors": own, "layer": expert(place.layer, place.part, index)})
+        if made is None:
+            return None
+        fields = made[0]
+        each.append(made[1])
+        tensors.read |= own.read
+    return fields, {bare: torch.stack([values[bare] for values in each]) for bare in each[0]}
 
 
 def _checked(target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import ConfigError, ParamSpec, RankConfig, dense_weight, hookimpl, layer_dtype
+from lora_lite_core import ConfigError, ParamSpec, RankConfig, dense_weight, hookimpl, layer_dtype, project
 
 from . import _peft_norms
 
@@ -72,17 +72,17 @@ def _xi(A: Tensor, B: Tensor) -> Tensor:
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DeLoRAConfig) -> Tensor:
-    full = torch.promote_types(x.dtype, torch.float32)
+    full = torch.promote_types(y.dtype, torch.float32)
     p = {name: tensor.to(full) for name, tensor in params.items()}
     w, strength = p["lora_w"], (cfg.lambda0 + p["lora_lambda"]) / cfg.r
     if not cfg.frozen_copy:
         A, B = p["lora_A"], p["lora_B"]
         xi = (A.square().sum(1).clamp_min(1e-8) * B.square().sum(0).clamp_min(1e-8)).rsqrt()  # B is zero at first
-        hidden = F.linear(x, (A * w).to(x.dtype))
+        hidden = project(x, A * w)
         return _up(hidden * (strength * xi), B, hidden).to(y.dtype).add_(y)
     A0, B0, dA, dB = p["lora_A0"], p["lora_B0"], p["lora_dA"], p["lora_dB"]
     start, now = strength * _xi(A0, B0), strength * _xi(A0 + dA, B0 + dB)
-    h0, dh = F.linear(x, (A0 * w).to(x.dtype)), F.linear(x, (dA * w).to(x.dtype))
+    h0, dh = project(x, A0 * w), project(x, dA * w)
     delta = _up(now * (h0 + dh), dB, h0).add_(_up(torch.addcmul(now * dh, now - start, h0), B0, h0))
     return delta.to(y.dtype).add_(y)
 

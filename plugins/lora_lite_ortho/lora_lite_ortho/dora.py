@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import DropoutConfig, ParamSpec, base_forward, dense_weight, dropped, hookimpl, layer_dtype
+from lora_lite_core import DropoutConfig, ParamSpec, base_forward, dense_weight, dropped, hookimpl, layer_dtype, project
 
 from . import _peft_norms
 from ._gates import gated
@@ -74,11 +74,11 @@ def forward(
     x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: DoRAConfig, layer: nn.Module, training: bool
 ) -> Tensor:
     A, B, m, w2 = params["lora_A"], params["lora_B"], params["lora_m"], params["lora_w2"]
-    ratio = _norm_ratio(layer, A, B, w2, cfg.scale, x.dtype)
+    ratio = _norm_ratio(layer, A, B, w2, cfg.scale, x.dtype if x.is_floating_point() else y.dtype)
     k = (1 + m.to(ratio.dtype)) * ratio
     bias = getattr(layer, "bias", None)
     seen = dropped(x, cfg, training)
-    hidden = F.linear(seen, A.to(x.dtype))
+    hidden = project(seen, A)
     if seen is not x:
         product = base_forward(layer, seen)
         product = product if bias is None else product - bias

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import ParamSpec, RankConfig, Target, hookimpl, sketch
+from lora_lite_core import ParamSpec, RankConfig, Target, hookimpl, project, sketch
 
 from ._rotations import block_offset, check_rotations, rotate
 from ._triplets import copy_triplets, select_triplets, singular_triplets
@@ -81,10 +81,10 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: Any, calibrat
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AntiPaSTOConfig) -> Tensor:
-    h = F.linear(x, params["lora_Vh"].to(x.dtype))
+    h = project(x, params["lora_Vh"])
     S, dS = params["lora_S"].to(h.dtype), params["lora_dS"].to(h.dtype)
     change = dS * h
-    offsets = {side: block_offset(params[f"lora_T{side}"], cfg, x) for side in "VU" if f"lora_T{side}" in params}
+    offsets = {side: block_offset(params[f"lora_T{side}"], cfg, h) for side in "VU" if f"lora_T{side}" in params}
     if "V" in offsets:
         change = change + (S + dS) * rotate(offsets["V"], h)
     if "U" in offsets:

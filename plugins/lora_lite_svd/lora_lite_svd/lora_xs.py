@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, lowrank_delta, sketch
+from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, lowrank_delta, project, sketch
 
 from ._triplets import singular_triplets
 
@@ -51,7 +50,7 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: LoRAXSConfig, name: s
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LoRAXSConfig, training: bool) -> Tensor:
-    hidden = F.linear(dropped(x, cfg, training), params["lora_A"].to(x.dtype))
+    hidden = project(dropped(x, cfg, training), params["lora_A"])
     return lowrank_delta(hidden, params["lora_R"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)
 
 

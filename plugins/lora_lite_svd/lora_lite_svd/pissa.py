@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, sketch
+from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, project, sketch
 
 from ._triplets import singular_triplets
 
@@ -63,11 +63,11 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: PiSSAConfig, name: st
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: PiSSAConfig, training: bool) -> Tensor:
     x = dropped(x, cfg, training)
-    A0, B0, dA, dB = (params[name].to(x.dtype) for name in ("lora_A0", "lora_B0", "lora_dA", "lora_dB"))
-    dh = F.linear(x, dA)
+    dh, h = project(x, params["lora_dA"]), project(x, params["lora_A0"])
+    B0, dB = params["lora_B0"].to(dh.dtype), params["lora_dB"].to(dh.dtype)
     if cfg.scale != 1.0:
-        dh, A0 = dh * cfg.scale, A0 * cfg.scale
-    h = F.linear(x, A0) + dh
+        dh, h = dh * cfg.scale, h * cfg.scale
+    h = h + dh
     return F.linear(h, dB).add_(F.linear(dh, B0)).to(y.dtype).add_(y)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import ParamSpec, RankConfig, cayley_offset, hookimpl, sketch, skew
+from lora_lite_core import ParamSpec, RankConfig, cayley_offset, hookimpl, project, sketch, skew
 
 from ._triplets import copy_triplets, singular_triplets
 
@@ -55,8 +55,8 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: SSVDConfig, name: str
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: SSVDConfig) -> Tensor:
-    full = torch.promote_types(x.dtype, torch.float32)
-    h = F.linear(x, params["lora_Vh"].to(x.dtype))
+    full = torch.promote_types(y.dtype, torch.float32)
+    h = project(x, params["lora_Vh"])
     S, dS = params["lora_S"].to(h.dtype), params["lora_dS"].to(h.dtype)
     change = dS * h
     if cfg.r > 1:

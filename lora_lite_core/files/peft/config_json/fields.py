@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 # What a layer's own value of a field is looked up in, by patterns.
 PER_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "delora_lambda": "lambda_pattern"}
-SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+SELECTING = (
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save",
+)  # fmt: skip
 
 IGNORED = {
     "task_type": "what the model is for",
@@ -41,8 +44,6 @@ IGNORED = {
     "qalora_group_size": "only with use_qalora",
 }
 REFUSED = {
-    "target_parameters": "adapts parameters that belong to no linear layer",
-    "trainable_token_indices": "trains rows of an embedding",
     "layer_replication": "builds another model of the base's layers",
     "alora_invocation_tokens": "switches the adapter on at a token",
     "megatron_config": "is for layers of Megatron",
@@ -71,6 +72,10 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
@@ -90,14 +95,20 @@ PLACES: tuple[str, _Check] = (
     "a block's number or a list of them",
     lambda v: v is None or _whole(v) or (isinstance(v, list) and all(map(_whole, v))),
 )
+IDS: tuple[str, _Check] = ("a list of token ids", _ids)
+TOKENS: tuple[str, _Check] = (
+    "a list of token ids, or one for each embedding's name",
+    lambda v: v is None or _ids(v) or (isinstance(v, dict) and all(map(_ids, v.values()))),
+)
 TABLE: tuple[str, _Check] = ("numbers by pattern", _numbers)
 SHARE: tuple[str, _Check] = ("a number from 0 to 1", lambda v: v is None or (_number(v) and 0 <= v <= 1))
 START: tuple[str, _Check] = ("true, false or a name", lambda v: v is None or isinstance(v, (bool, str)))
 
 KINDS = {
     "peft_type": TEXT, "target_modules": NAMES, "exclude_modules": NAMES, "feedforward_modules": NAMES,
-    "modules_to_save": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
+    "modules_to_save": LIST, "target_parameters": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
     "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
+    "token_indices": IDS, "trainable_token_indices": TOKENS,
     "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
     "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
@@ -155,7 +166,7 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
 
 def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
     """Raise AdapterFileError when a field that is on was read by nobody; dropout matters in training only."""
-    known = {*IGNORED, *SELECTING, "peft_type", "init_lora_weights", *config.read}
+    known = {*IGNORED, *SELECTING, "peft_type", "$tied", "init_lora_weights", *config.read}
     known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
     for name in config:
         value = dict.__getitem__(config, name)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ....attached.records import Record
 from ....contract.errors import AdapterFileError, MergeError, listed
 from ....contract.target import Target
-from ....layers.convolution import is_convolution
-from ....layers.layer_kinds import is_conv1d
+from ....layers.kinds.layer_kinds import is_conv1d
 from .selection import Selection, endings
 
 
@@ -21,12 +20,17 @@ def layout_fields(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, 
     """The modules' endings, and whether weights are stored transposed. Where only some are, PEFT corrects the field for
     each of the others, with a warning."""
     stored = {"fan_in_fan_out": True} if any(is_conv1d(target.layer) for target in targets.values()) else {}
-    return {"target_modules": suffix_targets(model, targets), **stored}  # not every method has the second field
-
-
-def suffix_targets(model: nn.Module, targets: Collection[str]) -> list[str]:
-    """The shortest endings of dotted names that select these modules and no other, as PEFT and servers read them."""
+    layers = [path for path, target in targets.items() if not target.part]
     modules = [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False) if path]
+    fields = {"target_modules": _endings(modules, layers), **stored}  # not every method has the second field
+    if parts := [path for path, target in targets.items() if target.part]:
+        parameters = [(path, id(p)) for path, p in model.named_parameters(remove_duplicate=False)]
+        fields["target_parameters"] = _endings(parameters, parts)
+    return fields
+
+
+def _endings(modules: Sequence[tuple[str, int]], targets: Collection[str]) -> list[str]:
+    """The shortest endings of dotted names that select these modules and no other, as PEFT and servers read them."""
     wanted = set(targets)
     adapted = {key: path for path, key in modules if path in wanted}
     for path, key in modules:
@@ -81,40 +85,3 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     if found not in (torch.float32, torch.float16, torch.bfloat16):
         raise MergeError(f"dtype={dtype!r}: an exported adapter is float32, float16 or bfloat16")
     return found
-
-
-def written_form(layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors as PEFT keeps them: those of a convolution have its kernel's dimensions. MergeError where it is
-    not said how."""
-    if not is_convolution(layer):
-        return dict(tensors)
-    if differs := _of_another_convolution(layer):
-        raise MergeError(f"{differs}; merge(model) instead")
-    kernel, ones = layer.weight.shape[1:], (1,) * len(layer.kernel_size)
-    shapes = {
-        "lora_A.weight": lambda tensor: (len(tensor), *kernel),
-        "lora_B.weight": lambda tensor: (*tensor.shape, *ones),
-        "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
-    }
-    if unknown := [name for name in tensors if name not in shapes]:
-        raise MergeError(f"{unknown[0]} of a convolution has no form in PEFT that is known here; merge(model) instead")
-    return {name: tensor.reshape(shapes[name](tensor)) for name, tensor in tensors.items()}
-
-
-def read_form(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """One of a layer's tensors in PEFT's folder as those of a linear layer are; AdapterFileError for a convolution on
-    which PEFT's adapter computes something else than it would here."""
-    if not is_convolution(layer):
-        return tensor
-    if differs := _of_another_convolution(layer):
-        raise AdapterFileError(f"{name}: {differs}")
-    return tensor.flatten() if name.startswith("lora_magnitude") else tensor.flatten(1) if tensor.dim() > 2 else tensor
-
-
-def _of_another_convolution(layer: Any) -> str:
-    if set(layer.dilation) == {1} and layer.padding_mode == "zeros":
-        return ""
-    return (
-        f"a convolution with dilation={layer.dilation} and padding_mode={layer.padding_mode!r}: PEFT's adapters run "
-        "without dilation and pad with zeros, so that they compute something else"
-    )

@@ -27,16 +27,45 @@ class Selection:
         self.names = [name for name, _ in model.named_modules() if name]
         self.patterns = Patterns(self.names)
         self._sets: dict[str, frozenset[str]] = {}
+        self.tokens = self._tokens()
 
     def adapted(self) -> set[str]:
-        """The modules that PEFT would adapt."""
-        targets = self.config.get("target_modules")
-        if targets is None:
+        """The modules that PEFT would adapt, and the parameters."""
+        targets, parameters = self.config.get("target_modules"), self.parameters()
+        if targets is None and not parameters:
             raise AdapterFileError("target_modules is missing: give the names of the adapted modules")
+        targets = targets or ()
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             targets = self._all_linear()
         chosen = targets if isinstance(targets, str) else frozenset(targets)
-        return {name for name in self.names if self._chosen(name, chosen) and not self._left_out(name)}
+        modules = {name for name in self.names if self._chosen(name, chosen) and not self._left_out(name)}
+        return {*modules, *parameters, *self.tokens}
+
+    def parameters(self) -> list[str]:
+        """The parameters of target_parameters, in the model's order."""
+        wanted = self._set("target_parameters") if self.config.get("target_parameters") else frozenset[str]()
+        names = [name for name, _ in self.model.named_parameters()] if wanted else []
+        found = [name for name in names if any(end in wanted for end in endings(name))]
+        if unmatched := [key for key in wanted if not any(key in endings(name) for name in found)]:
+            raise AdapterFileError(f"target_parameters: {first_of(unmatched)} is no parameter of this model")
+        return found
+
+    def _tokens(self) -> dict[str, list[int]]:
+        """The embeddings (and heads) whose rows trainable_token_indices trains beside the method."""
+        wanted = self.config.get("trainable_token_indices")
+        if not wanted:
+            return {}
+        if isinstance(wanted, dict):
+            found = {name: ids for key, ids in wanted.items() for name in self.names if key in endings(name)}
+        else:
+            try:
+                table = self.model.get_input_embeddings()  # type: ignore[operator]
+            except (AttributeError, NotImplementedError):
+                table = None
+            found = {name: wanted for name in self.names if self.model.get_submodule(name) is table}
+        if not found:
+            raise AdapterFileError(f"{named('trainable_token_indices', wanted)}: this model has no such embedding")
+        return found
 
     def whole(self) -> list[str]:
         """The outermost modules of modules_to_save: PEFT compares ends, also in the middle of a word."""
@@ -46,7 +75,9 @@ class Selection:
 
     def own(self, path: str) -> dict[str, Any]:
         """The config as it holds of one module: its rank, alpha and λ, and whether it is a feedforward module."""
-        changes: dict[str, Any] = {}
+        if path in self.tokens:
+            return {"peft_type": "TRAINABLE_TOKENS", "token_indices": self.tokens[path]}
+        changes: dict[str, Any] = {"trainable_token_indices": None} if self.tokens else {}
         for field, table in PER_LAYER.items():
             for pattern, value in (self.config.get(table) or {}).items():
                 if self.patterns.selects(table, pattern, path):
@@ -122,7 +153,8 @@ class Selection:
 def check_complete(selection: Selection, held: Collection[str]) -> None:
     """Raise AdapterFileError unless the tensors are those of the very modules that the config selects."""
     wanted = selection.adapted()
-    if missing := [name for name in selection.names if name in wanted and name not in held]:
+    names = [*selection.names, *selection.parameters()]
+    if missing := [name for name in names if name in wanted and name not in held]:
         raise AdapterFileError(
             f"the config selects {len(wanted):,} modules of this {type(selection.model).__name__}, and there is no "
             f"tensor of {first_of(missing)}; the folder is not complete, or not for this model"

@@ -8,12 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from ..contract.config import AdapterConfig
-from ..contract.errors import TargetError, UnsupportedLayer, closest, listed
-from ..contract.target import Target
-from ..contract.variant import Variant
-from ..layers.convolution import is_convolution
-from ..layers.layer_kinds import is_a, layer_sizes, storage_of, target_sizes
+from ...contract.config import AdapterConfig
+from ...contract.errors import TargetError, UnsupportedLayer, closest, listed
+from ...contract.target import Target
+from ...contract.variant import Variant
+from ...layers.kinds.layer_kinds import layer_sizes, storage_of, target_sizes
+from .places import (
+    Place,
+    block_sizes,
+    check_layer,
+    check_served,
+    hidden_size,
+    place_of,
+    places,
+    unknown_experts,
+)
+
+Places = Mapping[str, Place]
 
 EXCLUDED = AdapterConfig.exclude_names  # the default
 _READER = re.compile(r"(^|[._])(q|k|v|query|key|value)(_proj|_lin)?$")
@@ -26,32 +37,34 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     Raises TargetError when a pattern, block number or role selects nothing, UnsupportedLayer when one selects only
     layers that cannot carry an adapter.
     """
-    linear = named_layers(model) if cfg.target_names else linear_layers(model)
     if target_sizes(model) is not None:
         raise TargetError(
             f"the model is itself a {type(model).__name__}; wrap it, as in nn.Sequential(layer), so that it has a name"
         )
-    if not linear:
-        raise TargetError(f"{type(model).__name__} has no linear layer that an adapter could go on")
+    served = _served(model, cfg, variant)
+    if not served:
+        raise TargetError(f"{type(model).__name__} has no {_kinds(variant, cfg)} that an adapter could go on")
     head = _head(model)
     whole: list[str] = []
     if cfg.train_modules:
-        from .train_modules import trained_paths
+        from ..train_modules import trained_paths
 
         whole = trained_paths(model, cfg)
     allowed = {
-        name: layer
-        for name, layer in linear.items()
-        if not _excluded(head, name, layer, cfg) and not _is_inside(name, whole)
+        name: place
+        for name, place in served.items()
+        if not _excluded(head, name, place.layer, cfg) and not _is_inside(name, whole)
     }
     _check_excludes(model, cfg)
-    chosen = _by_pattern(model, cfg, linear, allowed)
+    chosen = _by_pattern(model, cfg, variant, served, allowed)
     chosen = _by_block(model, cfg, chosen)
     chosen = _by_role(model, cfg, chosen)
     if not chosen:
-        raise TargetError(f"no layer is left of {len(allowed)} linear layers; exclude_names={cfg.exclude_names}")
+        raise TargetError(
+            f"no layer is left of {len(allowed)} {_kinds(variant, cfg)}s; exclude_names={cfg.exclude_names}"
+        )
     _check_per_target(cfg, chosen)
-    return [located(name, layer, cfg.for_target(name), variant, adapter) for name, layer in chosen.items()]
+    return [located(name, place, cfg.for_target(name), variant, adapter) for name, place in chosen.items()]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -59,42 +72,43 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if name and layer_sizes(layer) is not None}
 
 
-def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The same, and what an adapter goes on only where it is named: convolutions."""
-    return {name: layer for name, layer in model.named_modules() if name and target_sizes(layer) is not None}
+def located(name: str, place: Place, cfg: AdapterConfig, variant: Variant, adapter: str) -> Target:
+    """A target, without tensors yet, whose layer is checked to be one that the variant's adapters can go on."""
+    check_served(variant, name, place)
+    check_layer(name, place.layer)
+    storage = storage_of(place.layer) if place.kind not in ("experts", "block") else "dense"
+    where: dict[str, Any] = {"kind": place.kind, "part": place.part, "experts": place.experts, "storage": storage}
+    return Target(name, place.layer, place.d_in, place.d_out, cfg, variant, adapter, **where)
 
 
-def located(name: str, layer: nn.Module, cfg: AdapterConfig, variant: Variant, adapter: str) -> Target:
-    """A target, without tensors yet, whose layer is checked to be one that an adapter can go on."""
-    sizes = target_sizes(layer)
-    if sizes is None:
-        raise UnsupportedLayer(f"{name} is a {type(layer).__name__}, which is not a linear layer or a convolution")
-    check_layer(name, layer)
-    return Target(name, layer, *sizes, cfg, variant, adapter, storage=storage_of(layer))
+def _served(model: nn.Module, cfg: AdapterConfig, variant: Variant) -> Places:
+    """What the config may choose from: linear layers, or where it names its targets all that the variant serves."""
+    if not cfg.target_names and "linear" in variant.layers:
+        return {name: place for name, place in places(model) if place.kind == "linear"}
+    found = {name: place for name, place in places(model) if place.kind in variant.layers}
+    return {**found, **_blocks(model, cfg, found)} if "block" in variant.layers else found
 
 
-def check_layer(name: str, layer: nn.Module) -> None:
-    """Raise UnsupportedLayer for a linear layer on which an adapter would silently do nothing or go wrong."""
-    if is_convolution(layer) and layer.groups != 1:
-        raise UnsupportedLayer(
-            f"{name} is a {type(layer).__name__} with groups={layer.groups}, whose patches do not go through one "
-            f"weight; add exclude_names=(…, '{name.rpartition('.')[2]}')"
+def _blocks(model: nn.Module, cfg: AdapterConfig, others: Places) -> Places:
+    """Modules that the patterns name and that are no layers, or without patterns the members of lists of modules; the
+    outermost ones."""
+    found: dict[str, Place] = {}
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for name, module in model.named_modules():
+        wanted = any(re.search(p, name) for p in cfg.target_names) or (
+            not cfg.target_names and name.rpartition(".")[0] in lists
         )
-    if is_a(layer, "NonDynamicallyQuantizableLinear"):
-        raise UnsupportedLayer(
-            f"{name} belongs to an nn.MultiheadAttention, which reads its weight without calling it, so that an "
-            f"adapter would never run; add exclude_names=(…, '{name.rpartition('.')[2]}')"
-        )
-    if re.search(r"(^|\.)(mixer|mamba)\.dt_proj$", name):
-        raise UnsupportedLayer(
-            f"{name} belongs to a Mamba layer, which reads its weight without calling it, so that an adapter would "
-            "never run; add exclude_names=(…, 'dt_proj')"
-        )
-    if getattr(getattr(layer, "_hf_hook", None), "offload", False):
-        raise UnsupportedLayer(
-            f"the weight of {name} is offloaded by accelerate and is not here when an adapter needs it; "
-            "load the model without offload (a device_map without 'cpu' and 'disk')"
-        )
+        special = name in others or name in lists or place_of(module) is not None
+        if name and wanted and not special and not _is_inside(name, found):
+            found[name] = Place(module, "block", *block_sizes(model, name))
+    return found
+
+
+def _kinds(variant: Variant, cfg: AdapterConfig) -> str:
+    """What there may be chosen from, in words."""
+    if not cfg.target_names and "linear" in variant.layers:
+        return "linear layer"
+    return " or ".join("linear layer" if kind == "linear" else kind for kind in variant.layers)
 
 
 def block_number(model: nn.Module, name: str) -> int | None:
@@ -140,33 +154,46 @@ def _check_excludes(model: nn.Module, cfg: AdapterConfig) -> None:
 
 
 def _by_pattern(
-    model: nn.Module, cfg: AdapterConfig, linear: Mapping[str, nn.Module], allowed: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
+    model: nn.Module, cfg: AdapterConfig, variant: Variant, served: Places, allowed: Places
+) -> dict[str, Place]:
     if not cfg.target_names:
         return dict(allowed)
     for pattern in cfg.target_names:
         if any(re.search(pattern, name) for name in allowed):
             continue
-        if excluded := [name for name in linear if re.search(pattern, name)]:
+        if excluded := [name for name in served if re.search(pattern, name)]:
             raise TargetError(
                 f"target_names: {pattern!r} matches only excluded layers: {listed(excluded)}\n"
                 f"  exclude_names={cfg.exclude_names} and the model's output head are left out; to adapt them, "
                 "give exclude_names=()"
             )
-        if other := {name: m for name, m in model.named_modules() if name and re.search(pattern, name)}:
-            kinds = [f"{name} ({type(m).__name__})" for name, m in other.items()]
-            raise UnsupportedLayer(
-                f"target_names: {pattern!r} matches no linear layer and no convolution, only {listed(kinds)}\n"
-                f"  linear layers here: {listed(_last_names(allowed), 20)}"
-            )
-        raise TargetError(
-            f"target_names: {pattern!r} matches no layer{_near(pattern, allowed)}\n"
-            f"  linear layers here: {listed(_last_names(allowed), 20)}"
+        raise _no_match(model, pattern, variant, allowed)
+    return {n: place for n, place in allowed.items() if any(re.search(p, n) for p in cfg.target_names)}
+
+
+def _no_match(model: nn.Module, pattern: str, variant: Variant, allowed: Places) -> TargetError | UnsupportedLayer:
+    """What to say of a pattern that chooses nothing."""
+    here = [name for name, place in allowed.items() if place.kind == "linear"] or [*allowed]
+    there = f"\n  {'linear layers' if 'linear' in variant.layers else 'layers'} here: {listed(_last_names(here), 20)}"
+    for name, place in places(model):
+        if re.search(pattern, name):
+            check_served(variant, name, place)
+    if unknown := [(name, module) for name, module in unknown_experts(model).items() if re.search(pattern, name)]:
+        name, module = unknown[0]
+        return UnsupportedLayer(
+            f"target_names: {pattern!r} matches {name}, and {type(module).__name__} does not say whether its experts "
+            "are (E, d_out, d_in): set `is_transposed = False` on the module, or True for (E, d_in, d_out)"
         )
-    return {n: layer for n, layer in allowed.items() if any(re.search(p, n) for p in cfg.target_names)}
+    if other := {name: m for name, m in model.named_modules() if name and re.search(pattern, name)}:
+        kinds = [f"{name} ({type(m).__name__})" for name, m in other.items()]
+        return UnsupportedLayer(
+            f"target_names: {pattern!r} matches no linear layer, convolution, embedding or experts, only "
+            f"{listed(kinds)}{there}"
+        )
+    return TargetError(f"target_names: {pattern!r} matches no layer{_near(pattern, allowed)}{there}")
 
 
-def _by_block(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _by_block(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Place]) -> dict[str, Place]:
     if cfg.layers is None:
         return chosen
     numbers = {name: block_number(model, name) for name in chosen}
@@ -175,19 +202,19 @@ def _by_block(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, nn.Module]
         raise TargetError(
             f"layers={list(cfg.layers)}: no target is in block {listed(missing)}; blocks here: {listed(there, 100)}"
         )
-    return {name: layer for name, layer in chosen.items() if numbers[name] in cfg.layers}
+    return {name: place for name, place in chosen.items() if numbers[name] in cfg.layers}
 
 
-def _by_role(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _by_role(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Place]) -> dict[str, Place]:
     if not cfg.target_roles:
         return chosen
-    hidden = _hidden_size(model)
+    hidden = hidden_size(model)
     if hidden is None:
         raise TargetError(
             f"target_roles={cfg.target_roles} needs model.config.hidden_size, which {type(model).__name__} has not; "
             "use target_names"
         )
-    roles = {name: role_of(name, *(target_sizes(layer) or (0, 0)), hidden) for name, layer in chosen.items()}
+    roles = {name: role_of(name, place.d_in, place.d_out, hidden) for name, place in chosen.items()}
     if unknown := [name for name, role in roles.items() if role == "unknown"]:
         raise TargetError(
             f"target_roles={cfg.target_roles}: the role of {listed(unknown)} cannot be told "
@@ -196,18 +223,10 @@ def _by_role(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, nn.Module])
     for role in cfg.target_roles:
         if role not in roles.values():
             raise TargetError(f"target_roles: no target is a {role}; roles here: {listed(sorted(set(roles.values())))}")
-    return {name: layer for name, layer in chosen.items() if roles[name] in cfg.target_roles}
+    return {name: place for name, place in chosen.items() if roles[name] in cfg.target_roles}
 
 
-def _hidden_size(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    size = getattr(config, "hidden_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _check_per_target(cfg: AdapterConfig, chosen: Mapping[str, nn.Module]) -> None:
+def _check_per_target(cfg: AdapterConfig, chosen: Places) -> None:
     for pattern in cfg.patterns_per_target():
         if not any(re.search(pattern, name) for name in chosen):
             raise TargetError(f"rank_pattern or alpha_pattern: {pattern!r} matches no target{_near(pattern, chosen)}")

@@ -1,4 +1,4 @@
-"""What the core knows about a base layer: its sizes, its frozen forward, its dense weight, and a sketch of it."""
+"""What the core knows about any base layer: its kind, sizes, device, dtype, and how it keeps its weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ...contract.errors import UnsupportedLayer
 from .convolution import convolution_sizes, is_convolution
+from .embedding import embedding_sizes, is_embedding
+from .experts import Expert
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int] | None:
@@ -57,7 +60,7 @@ def storage_of(layer: nn.Module) -> str:
         return f"bnb-{getattr(weight, 'quant_type', '4bit')}"
     if is_a(layer, "bitsandbytes.Linear8bitLt"):
         return "bnb-int8"
-    if type(weight) is nn.Parameter and weight.dtype in _FLOATS:
+    if type(layer) is Expert or (type(weight) is nn.Parameter and weight.dtype in _FLOATS):
         return "dense"
     return kind if type(weight) in (nn.Parameter, Tensor, type(None)) else type(weight).__name__
 
@@ -75,7 +78,9 @@ def _tensors(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """An nn.Linear whose weight is what it looks like; subclasses of either may store it in another way."""
+    """An nn.Linear whose weight is what it looks like, or one expert; subclasses may store it in another way."""
+    if type(layer) is Expert:
+        return True
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
@@ -86,17 +91,28 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def is_usual(layer: nn.Module) -> bool:
     """Of a class that is known to be affine, to return a tensor, and to pass gradients."""
-    return is_plain(layer) or is_conv1d(layer) or is_convolution(layer) or storage_of(layer).startswith("bnb")
+    special = is_convolution(layer) or is_embedding(layer)
+    return special or is_plain(layer) or is_conv1d(layer) or storage_of(layer).startswith("bnb")
+
+
+def kind_of(layer: nn.Module) -> str:
+    """ "linear", "convolution" or "embedding"; "" for what carries no adapter but as a block."""
+    if is_convolution(layer):
+        return "convolution"
+    return "embedding" if is_embedding(layer) else "linear" if layer_sizes(layer) is not None else ""
 
 
 def target_sizes(layer: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of whatever can carry an adapter: linear-like layers, and convolutions as layers on patches."""
+    """(d_in, d_out) of linear-like layers, of convolutions as layers on patches, of embeddings as layers on tokens."""
+    if is_embedding(layer):
+        return embedding_sizes(layer)
     return convolution_sizes(layer) if is_convolution(layer) else layer_sizes(layer)
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     sizes = target_sizes(layer)
-    assert sizes is not None, f"{type(layer).__name__} is not linear-like; targets are"
+    if sizes is None:
+        raise UnsupportedLayer(f"a {type(layer).__name__} is no linear layer and has no weight to be read")
     return sizes
 
 

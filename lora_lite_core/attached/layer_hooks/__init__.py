@@ -1,0 +1,1 @@
+"""The hooks of an adapted layer, and what stands on it."""

@@ -1,0 +1,1 @@
+"""Which layers an adapter goes on."""

@@ -1,0 +1,138 @@
+"""Adapters of whole blocks: what a block returns, tuples, files, what cannot be done with them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_lite as ll
+from lora_lite_core.testing import run_checks
+
+from .models import Net, token_ids
+from .variants import houlsby, loreft
+
+FILE = "adapter.safetensors"
+MODULES = {"houlsby": houlsby, "loreft": loreft}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    for module in MODULES.values():
+        ll.register(module)
+    yield
+    for name in MODULES:
+        ll.unregister(name)
+
+
+def config(name: str, **fields: Any) -> ll.AdapterConfig:
+    return ll.LoraLiteConfig(variant=name, **{"r": 4, **fields})
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, num_hidden_layers=2, **sizes)).eval()
+
+
+def moved(adapter: ll.Adapter) -> ll.Adapter:
+    torch.manual_seed(2)
+    for parameter in adapter.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return adapter
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("make", [Net, llama])
+def test_a_block_is_changed_saved_and_loaded(make: Any, name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = make()
+    state = copy.deepcopy(base.state_dict())
+    run = lambda model: getattr(model(token_ids()), "logits", model(token_ids()))  # noqa: E731
+    frozen = run(base).detach()
+    adapter = ll.attach(base, config(name))
+    assert [path.rpartition(".")[2] for path in adapter.targets] == ["0", "1"]
+    assert all("layers" in path for path in adapter.targets)
+    assert torch.equal(run(base), frozen)
+    y = run(moved(adapter).model)
+    assert float((y - frozen).abs().max().detach()) > 1e-3
+    y.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    ll.save(base, tmp_path / FILE)
+    again = make()
+    again.load_state_dict(state)
+    ll.load(again, tmp_path / FILE)
+    torch.testing.assert_close(run(again), y)
+    with ll.disabled(base):
+        assert torch.equal(run(base), frozen)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(base, backend="aot_eager")(token_ids()) if make is Net else y, y)
+    for call in (lambda: ll.merge(base), lambda: ll.export_lora(base, tmp_path / "lora")):
+        with pytest.raises(ll.MergeError, match=f"'default' \\({name}\\) is a whole block, which has no weight"):
+            call()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_kit_is_green(name: str) -> None:
+    assert [result.message for result in run_checks(config(name)) if not result.ok] == []
+
+
+def test_formulas() -> None:
+    base = Net().double()
+    outputs: list[Tensor] = []
+    base.layers[1].register_forward_hook(lambda module, args, y: outputs.append(y.detach()))
+    target = moved(ll.attach(base, config("houlsby", target_names=(r"layers\.1$",)))).layers()["layers.1"]
+    changed: list[Tensor] = []
+    base.lm_head.register_forward_pre_hook(lambda module, args: changed.append(args[0].detach()))
+    base(token_ids())
+    D, U = target.params["lora_D"].detach(), target.params["lora_U"].detach()
+    torch.testing.assert_close(changed[0], outputs[0] + torch.relu(outputs[0] @ D.T) @ U.T)
+
+
+def test_positions_of_the_sequence() -> None:
+    base = Net()
+    frozen = base(token_ids()).detach()
+    moved(ll.attach(base, config("loreft", first=1, last=1, target_names=(r"layers\.1$",))))
+    differs = (base(token_ids()).detach() != frozen).any(-1).any(0)
+    assert differs.tolist() == [True, *[False] * (len(differs) - 2), True]
+
+
+def test_a_part_of_a_block_by_name() -> None:
+    base = llama()
+    adapter = ll.attach(base, config("houlsby", target_names=("mlp",)))
+    assert adapter.targets == ("model.layers.0.mlp", "model.layers.1.mlp")
+    assert {target.d_out for target in adapter.layers().values()} == {16}
+
+
+def test_other_variants_do_not_serve_blocks() -> None:
+    with pytest.raises(ll.UnsupportedLayer, match=r"'norm' matches no linear layer, convolution, embedding or experts"):
+        ll.attach(llama(), ll.LoraLiteConfig(variant="lora", target_names=("norm",)))
+    with pytest.raises(ll.UnsupportedLayer, match=r"variant 'houlsby' serves block \(its LAYERS\)"):
+        ll.attach(llama(), config("houlsby", target_names=("mlp$", "q_proj")))
+
+
+def test_a_model_whose_width_is_not_known() -> None:
+    base = nn.Sequential(nn.ModuleList([nn.ReLU()]))
+    with pytest.raises(ll.TargetError, match=r"the width of 0.0 cannot be told: no linear layer is in it"):
+        ll.attach(base, config("houlsby"))
+
+
+def test_wrong_layers_constant() -> None:
+    class Wrong:
+        Config, param_specs, forward = houlsby.Config, houlsby.param_specs, houlsby.forward
+        LAYERS = ("convolutions",)
+
+    ll.unregister("houlsby")
+    with pytest.raises(ll.BrokenPlugin, match=r"LAYERS is \('convolutions',\); give a tuple of the kinds"):
+        ll.register(Wrong)
+    ll.register(houlsby)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.attach(Net(), config("houlsby"))
