@@ -176,7 +176,7 @@ def edited(folder: Path, **fields: Any) -> Path:
             {"peft_type": "VERA"},
             r"no installed variant reads peft_type 'VERA' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: delora, dora, hra",
         ),
-        ({"bias": "all"}, "bias='all' is more than a low-rank product"),
+        ({"bias": "some"}, "bias='some' in adapter_config.json: it is 'none', 'all' or 'lora_only'"),
         (
             {"r": 5},
             r"its tensors are {'lora_A': \(4, 64\), 'lora_B': \(64, 4\)} for lora, which needs {'lora_A': \(5, 64\)",

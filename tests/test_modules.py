@@ -107,7 +107,9 @@ def test_merge_keeps_what_was_trained() -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     model = Model()
     before = snapshot(model)
-    with pytest.raises(ll.TargetError, match=r"train_modules: 'haed' matches no module; did you mean 'head'\?"):
+    with pytest.raises(
+        ll.TargetError, match=r"train_modules: 'haed' matches no module and no parameter; did you mean 'head'\?"
+    ):
         ll.attach(model, ll.LoRAConfig(r=2, train_modules=("haed",)))
     tied = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "mid": nn.Linear(4, 4)})
     tied["head"].weight = tied["embed"].weight
@@ -230,3 +232,68 @@ def test_adapters_stand_still_in_a_block(block: Any, tmp_path: Path) -> None:
     assert torch.equal(model(X), trained)
     with ll.merged(model), pytest.raises(ll.ModelStateError, match="not inside `with merged"), ll.disabled(model):
         pass
+
+
+def test_biases_are_trained_beside_adapters_on_their_layers(tmp_path: Path) -> None:
+    model = Model().eval()
+    base, own = model(X).detach(), dict(model.named_parameters())
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, train_modules=(r"\.bias$",)))
+    biases = [name for name in own if name.endswith("bias")]
+    assert [name for name, _ in adapter.named_tensors() if "lora_" not in name] == biases
+    assert torch.equal(model(X), base)
+    trained = fitted(model, adapter).detach()
+    assert all(not torch.equal(model.get_parameter(name), own[name]) for name in biases)
+    assert torch.equal(model.parts["head"][1].weight, own["parts.head.1.weight"])
+    adapter.save(tmp_path / "a.safetensors")
+    again = Model().eval()
+    for buffer, moved in zip(again.buffers(), model.buffers(), strict=True):  # of the base, moved by training mode
+        buffer.copy_(moved)
+    ll.load(again, tmp_path / "a.safetensors")
+    assert ll.adapters(again)["default"].cfg.train_modules == tuple(
+        f"^{name.replace('.', chr(92) + '.')}$" for name in sorted(biases)
+    )
+    torch.testing.assert_close(again(X), trained)
+    with ll.disabled(again):
+        assert not torch.allclose(again(X), trained)
+    ll.merge(again)
+    torch.testing.assert_close(again(X), trained, rtol=1e-5, atol=1e-6)
+    adapter.detach()
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_biases_of_peft_both_ways(dora: bool, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(**sizes, num_attention_heads=4)).eval()
+    ids = torch.randint(0, 60, (4, 7))
+    cfg = peft.LoraConfig(r=2, target_modules=["query", "value"], bias=kind, use_dora=dora)
+    theirs = peft.get_peft_model(copy.deepcopy(base), cfg).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(ids).last_hidden_state.detach()
+    model = copy.deepcopy(base)
+    adapter = ll.import_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(ids).last_hidden_state.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert sum("bias" in name for name, _ in adapter.named_tensors()) == sum(
+        parameter.requires_grad and "bias" in name for name, parameter in theirs.named_parameters()
+    )
+    ll.export_peft(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).last_hidden_state.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_single_parameters_that_peft_has_no_word_for(tmp_path: Path) -> None:
+    model = Model()
+    ll.attach(model, ll.LoRAConfig(r=2, train_modules=(r"head\.1\.weight$",)))
+    with pytest.raises(ll.MergeError, match=r"trains parts.head.1.weight; PEFT has all biases of the model, those of"):
+        ll.export_peft(model, tmp_path / "no")
+    with pytest.raises(ll.MergeError, match=r"trains whole modules"):
+        ll.export_lora(model, tmp_path / "no")

@@ -1,4 +1,5 @@
-"""Whole modules that are trained beside an adapter, such as a new classifier: as copies, so that the base stays.
+"""Whole modules, or single parameters, that are trained beside an adapter, such as a new classifier or biases: as
+copies, so that the base stays.
 
 The copies stand in the modules while the adapter is on and enabled; the base's own tensors wait in its record.
 """
@@ -17,16 +18,23 @@ from .records import Record, Whole, records_of
 
 
 def trained_paths(model: nn.Module, cfg: AdapterConfig) -> list[str]:
-    """The outermost modules that `train_modules` matches, in the model's order; TargetError when a pattern has none."""
+    """The outermost modules that `train_modules` matches, in the model's order, or where a pattern matches none the
+    parameters; TargetError when a pattern has neither."""
     if not cfg.train_modules:
         return []
     names = [name for name, _ in model.named_modules() if name]
+    parameters = [n for n, _ in model.named_parameters() if not n.rpartition(".")[2].startswith("lora_")]
+    found: list[str] = []
     for pattern in cfg.train_modules:
-        if not any(re.search(pattern, name) for name in names):
+        matched = [name for name in names if re.search(pattern, name)]
+        matched = matched or [name for name in parameters if re.search(pattern, name)]
+        if not matched:
             near = closest(pattern.strip("^$\\."), [part for name in names for part in name.split(".")])
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise TargetError(f"train_modules: {pattern!r} matches no module{hint}")
-    return outermost(name for name in names if any(re.search(pattern, name) for pattern in cfg.train_modules))
+            raise TargetError(f"train_modules: {pattern!r} matches no module and no parameter{hint}")
+        found += matched
+    order = {name: place for place, name in enumerate((*names, *parameters))}
+    return sorted(outermost(dict.fromkeys(found)), key=order.__getitem__)
 
 
 def outermost(names: Iterable[str]) -> list[str]:
@@ -36,9 +44,13 @@ def outermost(names: Iterable[str]) -> list[str]:
 
 
 def tensors_in(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
-    """The base's parameters and saved buffers in these modules by their full names."""
+    """The base's parameters and saved buffers in these modules, and these parameters, by their full names."""
     found: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for path in paths:
+        if path in parameters:
+            found[path] = parameters[path]
+            continue
         module = model.get_submodule(path)
         saved = module.state_dict(keep_vars=True)
         held = (*module.named_parameters(), *module.named_buffers())
@@ -50,8 +62,9 @@ def tensors_in(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
 
 
 def check_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise TargetError or ModelStateError for tensors of which no trainable copy can stand in their place."""
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+    """Raise TargetError or ModelStateError for tensors of which no trainable copy can stand in their place. A bias may,
+    beside an adapter on its layer."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors if not name.endswith("bias")):
         for name, inner in model.get_submodule(path).named_modules(prefix=path):
             if state_of(inner) is not None:
                 raise TargetError(f"train_modules: {name} carries an adapter; train it whole or adapt it, not both")
@@ -129,5 +142,6 @@ def check_untrained(model: nn.Module, names: Iterable[str]) -> None:
     """Raise TargetError when one of these tensors or layers is trained whole by another adapter."""
     for name in names:
         for other, record in records_of(model).adapters.items():
-            if name in record.whole or any(key.startswith(f"{name}.") for key in record.whole):
+            inside = [key for key in record.whole if key.startswith(f"{name}.") and key != f"{name}.bias"]
+            if name in record.whole or inside:
                 raise TargetError(f"{name} is trained whole by adapter '{other}' already (its train_modules)")

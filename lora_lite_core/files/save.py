@@ -62,10 +62,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.train_modules import current
 
         tensors |= current(model, record)
-    write_tensors(file, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(record, targets))
+    write_tensors(file, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets))
 
 
-def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
+def _metadata(model: nn.Module, record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
     described = {
         name: {
             "d_in": target.d_in,
@@ -80,7 +80,7 @@ def _metadata(record: Record, targets: Mapping[str, Target]) -> dict[str, str]:
     if record.whole:
         from .train_modules import exact_patterns
 
-        whole = exact_patterns(record.whole)  # names, not the patterns that have found them
+        whole = exact_patterns(model, record.whole)  # names, not the patterns that have found them
     adapter = {
         "variant": record.variant.name,
         "config": {**record.cfg.to_dict(), "train_modules": whole},

@@ -13,16 +13,31 @@ from ..contract.errors import AdapterFileError, did_you_mean, listed
 from .adapter_file import AdapterFile
 
 
-def exact_patterns(tensor_names: Iterable[str]) -> list[str]:
-    """Patterns that match the modules of these tensors and nothing else."""
-    paths = outermost(dict.fromkeys(name.rpartition(".")[0] for name in tensor_names))
-    return [f"^{re.escape(path)}$" for path in paths]
+def exact_patterns(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
+    """Patterns that match the modules of these tensors and nothing else, or the single parameters."""
+    modules, parameters = whole_and_single(model, tensor_names)
+    return [f"^{re.escape(path)}$" for path in (*modules, *parameters)]
+
+
+def whole_and_single(model: nn.Module, tensor_names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The modules of which all is among these tensors, and the parameters of others."""
+    names = set(tensor_names)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in tensor_names)
+    modules = [path for path in owners if path and set(_base_tensors(model, path)) <= names]
+    outer = outermost(modules)
+    single = [name for name in names if not any(name.startswith(f"{path}.") for path in outer)]
+    return outer, sorted(single)
+
+
+def _base_tensors(model: nn.Module, path: str) -> Iterable[str]:
+    held = model.get_submodule(path).state_dict(keep_vars=True)
+    return (f"{path}.{name}" for name in held if not name.rpartition(".")[2].startswith("lora_"))
 
 
 def trained_whole(file: AdapterFile, model: nn.Module, cfg: AdapterConfig) -> dict[str, Tensor]:
     """The base's tensors that the file trains whole. Which ones is said by exact patterns, as `save` writes them; for
     those of earlier files by the names of the file's tensors."""
-    layers = dict(model.named_modules())
+    layers = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
     paths = [name for pattern in cfg.train_modules if (name := exact_name(pattern))]
     if len(paths) < len(cfg.train_modules):
         owners = (key.rpartition(".") for key in file.tensors)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ...attached.model_checks import check_not_sharded
-from ...attached.records import check_outside, record_of, targets_of
+from ...attached.records import Record, check_outside, record_of, targets_of
 from ...attached.targets.experts import single
-from ...attached.train_modules import current, outermost
+from ...attached.train_modules import current
 from ...contract.errors import MergeError
 from ...contract.target import Target
 from ...contract.variant import Hook
 from ...weights.probing import adapters_alone, check_usable
+from ..train_modules import whole_and_single
+from .biases import written_biases
 from .config_json.fields import PER_LAYER
 from .config_json.layout import check_endings, check_read_back, layout_fields
 from .folder_writing import checked_folder, write_folder
@@ -61,13 +63,28 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         for key in (keys[path], *(f"{other}." for other in others)):
             tensors |= {f"{key}{kind}": tensor for kind, tensor in made.items()}
     config = {**layout, **_joined(fields, layout["target_modules"])}
-    if whole := outermost(dict.fromkeys(key.rpartition(".")[0] for key in record.whole)):
-        config["modules_to_save"] = whole
-        check_endings(model, whole, "modules_to_save")
-        tensors |= current(model, record)
+    if record.whole:
+        tensors |= _trained(model, record, config, targets)
     own = {path: {key: made[key] for key in PER_LAYER if key in made} for path, made in fields.items()}
     check_read_back(model, config, own)
     write_folder(folder, model, config, tensors)
+
+
+def _trained(
+    model: nn.Module, record: Record, config: dict[str, Any], targets: Mapping[str, Target]
+) -> dict[str, Tensor]:
+    """What is trained beside the adapter, by PEFT's names; the config says so."""
+    trained = current(model, record)
+    modules, biases = whole_and_single(model, record.whole)
+    if modules:
+        config["modules_to_save"] = modules
+        check_endings(model, modules, "modules_to_save")
+    if biases and config["peft_type"] != "LORA":
+        raise MergeError(f"PEFT trains single parameters ({biases[0]}) beside a LoRA alone")
+    names = dict[str, str]()
+    if biases:
+        config["bias"], names = written_biases(model, biases, targets)
+    return {names.get(name, name): tensor for name, tensor in trained.items()}
 
 
 @torch.no_grad()

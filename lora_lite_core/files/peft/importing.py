@@ -27,6 +27,7 @@ from ...contract.text import plain
 from ...layers.kinds.embedding import is_embedding
 from ...layers.kinds.layer_kinds import layer_device
 from ..train_modules import exact_patterns
+from .biases import trained_biases, with_plain_biases
 from .config_json.fields import check_fields, first_of
 from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
@@ -72,7 +73,8 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     config, tensors = read_folder(folder, model)
     check_fields(config, trainable)
     selection = Selection(config, model)
-    whole = _whole_modules(selection, tensors)
+    tensors = with_plain_biases(tensors)
+    whole = {**_whole_modules(selection, tensors), **trained_biases(selection, tensors)}
     layers = _by_layer(selection, {key: tensor for key, tensor in tensors.items() if key not in whole})
     tied = leave_to_leaders(model, layers)
     check_complete(selection, layers)
@@ -156,7 +158,7 @@ def _attach(model: nn.Module, name: str, parts: list[Part], whole: dict[str, Who
         check_has_weights(part.targets)
         if trainable:
             check_behaviour(part.targets)
-        patterns = tuple(exact_patterns(whole)) if one == name else ()
+        patterns = tuple(exact_patterns(model, whole)) if one == name else ()
         part.targets = [replace(t, adapter=one, cfg=replace(t.cfg, train_modules=patterns)) for t in part.targets]
     with all_or_nothing(model):
         for one, part in zip(names, parts, strict=True):

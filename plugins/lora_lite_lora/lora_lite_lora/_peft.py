@@ -20,7 +20,7 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "LORA" or config.get("use_dora"):
         return None
-    for name in ("use_qalora", "lora_bias", "bias"):
+    for name in ("use_qalora", "lora_bias"):
         if config.get(name) not in (None, False, "none"):
             raise ConfigError(f"{name}={config[name]!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}

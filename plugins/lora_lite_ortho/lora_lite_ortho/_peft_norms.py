@@ -32,7 +32,7 @@ def dora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
 def dora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "LORA" or not config.get("use_dora"):
         return None
-    refuse(config, "lora_bias", "bias", "use_qalora")
+    refuse(config, "lora_bias", "use_qalora")
     alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
     norms = _norms(layer, 1)
     if not norms.all():

@@ -166,7 +166,15 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
 
 def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
     """Raise AdapterFileError when a field that is on was read by nobody; dropout matters in training only."""
-    known = {*IGNORED, *SELECTING, "peft_type", "$tied", "init_lora_weights", *config.read}
+    known = {
+        *IGNORED,
+        *SELECTING,
+        *(("bias",) if dict.get(config, "peft_type") == "LORA" else ()),
+        "peft_type",
+        "$tied",
+        "init_lora_weights",
+        *config.read,
+    }
     known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
     for name in config:
         value = dict.__getitem__(config, name)
