@@ -29,6 +29,10 @@ exhaustive:
 processors *arguments:
     uv run python tools/processors.py {{arguments}}
 
+# the PEFT bridge with TRL, under the first and the last PEFT of its range; needs a package index
+peft:
+    tools/peft_versions
+
 # quantised bases on this machine, on CUDA where there is one
 bnb-smoke:
     uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_lite as ll
+from lora_lite_core.files.adapter_file import HEADER_TENSOR
 
 from .models import HIDDEN, net, snapshot, token_ids, train
 
@@ -261,6 +263,20 @@ def test_foreign_files(tmp_path: Path) -> None:
     )
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "lora-lite", "format_version": "1", "adapter": "{}"})
     assert "has a damaged lora-lite header" in refusal(ll.AdapterFileError, path)
+
+
+def test_a_header_that_stands_among_the_tensors_as_well(saved: Path) -> None:
+    def with_header(text: str) -> Path:
+        header = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return rewritten(saved, tensors={**load_file(saved), HEADER_TENSOR: header})
+
+    with safe_open(saved, "pt") as file:
+        text = file.metadata()["adapter"]
+    assert HEADER_TENSOR not in ll.inspect(with_header(text)).tensors
+    ll.load(net(), saved)
+    for other in (text.replace('"seed": 5', '"seed": 6'), "", "{"):
+        message = refusal(ll.AdapterFileError, with_header(other))
+        assert message.endswith("has been edited: its header and lora_lite.header differ; save the adapter anew")
 
 
 def test_missing_and_unexpected_tensors(saved: Path) -> None:

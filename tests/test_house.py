@@ -18,7 +18,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-PROJECTS = [ROOT, *sorted((ROOT / "plugins").iterdir()), ROOT / "bench", ROOT / "meta"]
+MEMBERS = [*sorted((ROOT / "plugins").iterdir()), *sorted((ROOT / "integrations").iterdir())]
+PROJECTS = [ROOT, *MEMBERS, ROOT / "bench", ROOT / "meta"]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from reduce_lock import main as reduce_lock_main  # noqa: E402
@@ -33,7 +34,11 @@ def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lora_lite_core").rglob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "lora_lite_core").rglob("*.py"), *ROOT.glob("integrations/*/lora_lite_*/*.py")]),
+    ids=lambda p: p.name,
+)
 def test_core_files_are_short(path: Path) -> None:
     assert lines(path) < 250
 
@@ -88,6 +93,7 @@ def test_every_distribution_has_a_licence_a_readme_and_types() -> None:
         ROOT / "lora_lite",
         ROOT / "bench/lora_lite_bench",
         *ROOT.glob("plugins/*/lora_lite_*"),
+        *ROOT.glob("integrations/*/lora_lite_*"),
     ]
     assert all((package / "py.typed").exists() for package in packages)
 

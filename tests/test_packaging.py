@@ -34,7 +34,7 @@ def run(*command: object, cwd: Path, check: bool = True) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All six wheels, and the example's, built from a copy of what git tracks."""
+    """All wheels, and the example's, built from a copy of what git tracks."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
     tracked = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).stdout.splitlines()
     for name in tracked:
@@ -61,10 +61,11 @@ def python(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
     return environment(folder, wheels, "lora_lite_core", "lora_lite_svd", "lora_lite_scale")
 
 
-def test_six_wheels(wheels: Path) -> None:
+def test_all_wheels(wheels: Path) -> None:
     names = {path.name.split("-")[0] for path in wheels.glob("*.whl")}
     assert names == {
-        "lora_lite", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho", "lora_lite_svd", "lora_lite_scale",
+        "lora_lite", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho", "lora_lite_peft", "lora_lite_svd",
+        "lora_lite_scale",
     }  # fmt: skip
     contents = run("python3", "-m", "zipfile", "-l", next(wheels.glob("lora_lite_bench-*.whl")), cwd=wheels).stdout
     for part in ("base_model/model.safetensors", "base_model/README.md", "base_model/tokenizer.json", "py.typed"):
@@ -173,3 +174,23 @@ def test_a_third_party_package(wheels: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert "needs variant 'scale' of lora-lite-scale 0.3.0; type: pip install lora-lite-scale" in missing.stderr
+
+
+BRIDGE = """
+import torch
+from peft import PeftModel, get_peft_model
+from lora_lite_peft import LoraLiteConfig
+torch.manual_seed(0)
+make = lambda: (torch.manual_seed(0), torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 4)))[1]
+x = torch.randn(6, 8)
+model = get_peft_model(make(), LoraLiteConfig(variant="lora", r=2))
+assert torch.equal(model(x), make()(x))
+[p.data.normal_() for p in model.parameters() if p.requires_grad]
+model.save_pretrained("adapter")
+assert torch.equal(PeftModel.from_pretrained(make(), "adapter")(x), model(x))
+"""
+
+
+def test_the_peft_bridge_alone(wheels: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path, wheels, "lora_lite_core", "lora_lite_lora", "lora_lite_peft")
+    run(python, "-c", BRIDGE, cwd=tmp_path)

@@ -31,14 +31,15 @@ _patterns_are_run: ContextVar[bool] = ContextVar("_patterns_are_run", default=Tr
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What every variant's config has.
+    r"""What every variant's config has.
 
     dtype          of the adapter tensors; None is float32 (float64 on a float64 layer). "bfloat16" or torch.bfloat16
     target_names   regular expressions (`re.search` on the full dotted name); () is every linear layer not excluded
     exclude_names  regular expressions; what `model.get_output_embeddings()` returns is left out too, except with ()
     target_roles   any of "reader", "writer", "inner" (by `model.config.hidden_size`); () is all
     layers         block numbers, counted in the outermost ModuleList of a name; None is all
-    train_modules  regular expressions; these modules (a classifier) are trained and saved whole, and not adapted
+    train_modules  regular expressions; these modules (a classifier) are trained and saved whole, and not adapted; a
+                   pattern that matches no module names single parameters, as "bias$" for all biases
 
     Round trip: `LoraLiteConfig(**cfg.to_dict()) == cfg`. Raises ConfigError on an unknown field or a bad value.
     """

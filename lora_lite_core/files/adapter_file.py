@@ -1,14 +1,15 @@
 """The adapter file: safetensors with a JSON header. Reading the header needs no torch.
 
 tensors    "<layer>.<bare name>", as model.layers.0.self_attn.q_proj.lora_A; bare whatever the adapter's name was; those
-           of modules that are trained whole by their full names, those that layers share as "lora_A_64x256"
+           of modules that are trained whole by their full names, those that layers share as "lora_A_64x256"; perhaps
+           HEADER_TENSOR: the text of "adapter" below in UTF-8, once more, for readers who are given tensors alone
 metadata   {"format": "lora-lite", "format_version": "1", "adapter": JSON of the fields of AdapterFile below}
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +23,7 @@ from .safetensors_reading import TensorFile, open_tensors
 
 FORMAT = "lora-lite"
 FORMAT_VERSION = 1
+HEADER_TENSOR = "lora_lite.header"  # no adapter's tensor: their bare names begin with lora_
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,29 @@ def _adapter_file(opened: TensorFile) -> AdapterFile:
             f"{path} has adapter format {plain(version)}, this lora-lite-core reads {FORMAT_VERSION}; "
             "type: pip install --upgrade lora-lite-core"
         )
+    fields = header_fields(metadata.get("adapter"), path)
+    tensors = {key: (entry.dtype, entry.shape) for key, entry in opened.entries.items() if key != HEADER_TENSOR}
+    return AdapterFile(path=opened.path, tensors=tensors, size=opened.size, **fields)
+
+
+def header_fields(text: str | None, path: str) -> dict[str, Any]:
+    """The fields of AdapterFile that stand in a header's "adapter"; AdapterFileError where it is damaged."""
     try:
-        if "adapter" not in metadata:
+        if text is None:
             raise ValueError("the field 'adapter' is missing")
         with collector_paused():
-            fields = _checked(parse_json(metadata["adapter"]))
+            return _checked(parse_json(text))
     except (ValueError, MemoryError) as error:
         raise AdapterFileError(f"{path} has a damaged lora-lite header: {plain(error)}") from None
-    tensors = {key: (entry.dtype, entry.shape) for key, entry in opened.entries.items()}
-    return AdapterFile(path=opened.path, tensors=tensors, size=opened.size, **fields)
+
+
+def header_text(tensors: Mapping[str, Any]) -> str | None:
+    """What stands in HEADER_TENSOR of these tensors; None where it is none, or no text."""
+    tensor = tensors.get(HEADER_TENSOR)
+    try:
+        return None if tensor is None else bytes(tensor.tolist()).decode()
+    except (TypeError, ValueError):
+        return None
 
 
 _FIELDS: dict[str, type] = {

@@ -36,7 +36,7 @@ from ..contract.target import Target
 from ..contract.text import count, plain
 from ..contract.variant import Variant
 from ..discovery.registry import variant_of_file
-from .adapter_file import AdapterFile, open_adapter
+from .adapter_file import HEADER_TENSOR, AdapterFile, header_text, open_adapter
 
 
 def load(
@@ -72,6 +72,10 @@ def load(
 
             check_base(plain(file.path), targets, saved, on_base_mismatch)
         tensors = opened.read()
+        if HEADER_TENSOR in tensors and header_text(tensors) != opened.metadata["adapter"]:
+            raise AdapterFileError(
+                f"{file.path} has been edited: its header and {HEADER_TENSOR} differ; save the adapter anew"
+            )
     values = _values(file, tensors, expected)
     record.whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
     install(model, name, record, targets, values=values, trainable=trainable)

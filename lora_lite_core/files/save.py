@@ -53,6 +53,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             f"adapters are saved as .safetensors, not '{file.name}'; "
             f"type save(model, '{file.parent / (file.stem or 'adapter')}.safetensors')"
         )
+    tensors, metadata = contents(model, record, targets)
+    write_tensors(file, tensors, metadata)
+
+
+def contents(
+    model: nn.Module, record: Record, targets: Mapping[str, Target]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What stands in the adapter's file: its tensors, as they are, and the header's texts."""
     tensors: dict[str, Tensor] = {}
     for layer_name, target in targets.items():
         params = target.params_on(target.layer)
@@ -62,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         from ..attached.train_modules import current
 
         tensors |= current(model, record)
-    write_tensors(file, {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets))
+    return {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets)
 
 
 def _metadata(model: nn.Module, record: Record, targets: Mapping[str, Target]) -> dict[str, str]:

@@ -18,8 +18,8 @@ from ...contract.target import Target
 from ...weights.probing import adapted_map, adapters_alone
 from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 from .folder_writing import checked_folder, write_folder
-from .forms import keys_of, written_form
-from .tied_tokens import leaders
+from .tensor_forms.forms import keys_of, written_form
+from .tensor_forms.tied_tokens import leaders
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
 

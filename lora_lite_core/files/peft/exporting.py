@@ -20,12 +20,12 @@ from ...contract.target import Target
 from ...contract.variant import Hook
 from ...weights.probing import adapters_alone, check_usable
 from ..train_modules import whole_and_single
-from .biases import written_biases
 from .config_json.fields import PER_LAYER
 from .config_json.layout import check_endings, check_read_back, layout_fields
 from .folder_writing import checked_folder, write_folder
-from .forms import keys_of, written_form
-from .tied_tokens import ROWS, leaders, tied_to
+from .tensor_forms.biases import written_biases
+from .tensor_forms.forms import keys_of, written_form
+from .tensor_forms.tied_tokens import ROWS, leaders, tied_to
 
 TARGETS = "$target_modules"  # in a field that to_peft returns: the list of the modules' names
 

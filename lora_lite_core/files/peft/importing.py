@@ -27,13 +27,13 @@ from ...contract.text import plain
 from ...layers.kinds.embedding import is_embedding
 from ...layers.kinds.layer_kinds import layer_device
 from ..train_modules import exact_patterns
-from .biases import trained_biases, with_plain_biases
 from .config_json.fields import check_fields, first_of
 from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
-from .forms import place_of_key, read_form
 from .readers import Part, read_parts
-from .tied_tokens import leave_to_leaders
+from .tensor_forms.biases import trained_biases, with_plain_biases
+from .tensor_forms.forms import place_of_key, read_form
+from .tensor_forms.tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 

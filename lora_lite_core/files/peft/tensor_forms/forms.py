@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attached.targets.places import Place
-from ...contract.errors import AdapterFileError, MergeError
-from ...contract.target import Target
-from ...layers.kinds.convolution import is_convolution
-from ...layers.kinds.embedding import is_embedding
+from ....attached.targets.places import Place
+from ....contract.errors import AdapterFileError, MergeError
+from ....contract.target import Target
+from ....layers.kinds.convolution import is_convolution
+from ....layers.kinds.embedding import is_embedding
 from .tied_tokens import ROWS
 
 INNER = "base_layer."  # PEFT wraps a module once for each of its parameters; the last one's name comes without

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...attached.records import Whole
-from ...contract.errors import AdapterFileError, MergeError
-from ...contract.target import Target
-from .config_json.fields import first_of, named
-from .config_json.selection import Selection
-from .folder_reading import WEIGHTS
+from ....attached.records import Whole
+from ....contract.errors import AdapterFileError, MergeError
+from ....contract.target import Target
+from ..config_json.fields import first_of, named
+from ..config_json.selection import Selection
+from ..folder_reading import WEIGHTS
 
 OF_ADAPTED = ".base_layer.bias"  # what PEFT calls it on a layer that it adapts
 

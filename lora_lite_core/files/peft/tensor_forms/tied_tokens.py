@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...contract.errors import AdapterFileError
-from ...contract.target import Target
+from ....contract.errors import AdapterFileError
+from ....contract.target import Target
 
 ROWS = "trainable_tokens_delta"
 
