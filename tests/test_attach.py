@@ -583,7 +583,7 @@ def test_sharded_models_are_refused() -> None:
         ours = net()
         ll.attach(ours, ll.LoRAConfig())
         fully_shard(ours, mesh=dist.init_device_mesh("cpu", (1,)))
-        for call in (lambda: ll.detach(ours), lambda: ll.save(ours, "a.safetensors")):
+        for call in (lambda: ll.detach(ours), lambda: ll.merge(ours), lambda: ll.export_lora(ours, "lora")):
             with pytest.raises(ll.ModelStateError, match="is sharded .a DTensor of FSDP2 or tensor parallelism"):
                 call()
         wrapped = torch.nn.parallel.DistributedDataParallel(net())

@@ -16,6 +16,7 @@ from ..contract.errors import CalibrationError, ModelStateError
 from ..contract.target import Target
 from ..contract.text import count
 from ..layers.kinds.layer_kinds import layer_device
+from ..layers.shards import is_in_shards
 from .attach_detach import install, switch_off, switch_on, uninstall
 from .model_checks import (
     Reaction,
@@ -93,13 +94,13 @@ class Adapter:
     def initialize(self, calibration_data: Any = None) -> Adapter:
         """Make the values of an adapter that was attached on the meta device, now that the base has its weights.
 
-        The adapter's tensors are created anew (build the optimizer afterwards). Raises ModelStateError when it has
-        values already or a layer is still on meta, CalibrationError as `attach` does.
+        Its tensors are created anew (build the optimizer afterwards); in shards (FSDP2) they are filled, on all of the
+        processes. Raises ModelStateError when it has values already or a layer is still on meta, CalibrationError.
         """
         record = self.record
         if record.ready:
             raise ModelStateError(f"adapter '{self.name}' has its values already; this is for one attached on meta")
-        check_attachable(self.model)
+        check_attachable(self.model, in_shards=is_in_shards(self.model))
         check_takes_parameters(self.model)
         check_calibration(record.variant, calibration_data)
         waiting = targets_of(self.model, self.name).values()

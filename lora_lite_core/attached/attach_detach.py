@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract.target import Target
+from ..layers.shards import is_in_shards, reshard
 from .layer_hooks.layer_state import targets_on
 from .layer_hooks.putting import add_target, remove_target
 from .model_checks import check_lookups
@@ -42,8 +43,13 @@ def install(
 ) -> None:
     """Put an adapter on these targets: with the `values` of a file, or new ones, which wait for `Adapter.initialize`
     where the record is not ready. One of the same name that has been waiting makes room. The model is as before if
-    anything fails."""
+    anything fails; in shards the waiting one's tensors are filled."""
     targets = list(targets)
+    if name in records_of(model).adapters and is_in_shards(model):
+        from .tensors.sharded import fill_shards
+
+        fill_shards(model, name, values, calibration_data)
+        return
     if any(other.whole for other in records_of(model).adapters.values()):
         from .train_modules import check_untrained
 
@@ -143,6 +149,8 @@ def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
     if record.whole:
         from .train_modules import put_base, put_trained
 
+        if is_in_shards(model):
+            reshard(model)
         (put_trained if trained else put_base)(model, record)
 
 

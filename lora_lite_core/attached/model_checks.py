@@ -17,17 +17,19 @@ from ..contract.errors import BrokenPlugin, CalibrationError, ConfigError, Model
 from ..contract.target import Target
 from ..contract.variant import Variant
 from ..discovery.registry import get_variant
-from ..layers.kinds.layer_kinds import is_sharded, is_usual, layer_device, layer_dtype, storage_of
+from ..layers.kinds.layer_kinds import is_a, is_sharded, is_usual, layer_device, layer_dtype, storage_of
 from .records import check_outside
 from .targets.targeting import check_layer
 
 Reaction = Literal["error", "warn", "ignore"]  # to an adapter that was made on another base model
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+GATHER = "save the adapter, which gathers it, and load base and adapter in one process for this"
 ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
 
 
-def check_attachable(model: nn.Module) -> None:
-    """Raise ModelStateError when hooks put on now would be ignored or their gradients lost."""
+def check_attachable(model: nn.Module, *, in_shards: bool = False) -> None:
+    """Raise ModelStateError when hooks put on now would be ignored or their gradients lost; `in_shards` for what is
+    done to an adapter that FSDP2 has sharded with the model."""
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"attach takes an nn.Module, not {type(model).__name__}")
     check_outside(model)
@@ -39,7 +41,7 @@ def check_attachable(model: nn.Module) -> None:
                 f"{name or 'the model'} is wrapped by the peft package ({type(module).__name__}), whose own adapters "
                 "would be frozen; call unload() or merge_and_unload() on the PEFT model first"
             )
-        if problem := _wrapped(module):
+        if problem := "" if in_shards and is_a(module, "FSDPModule") else _wrapped(module):
             raise ModelStateError(f"{name or 'the model'} ({type(module).__name__}) {problem}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         wrapper = torch.nn.parallel.DistributedDataParallel
@@ -49,7 +51,8 @@ def check_attachable(model: nn.Module) -> None:
             )
     if "torch._dynamo" in sys.modules:
         _check_compiled(model)
-    check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")
+    if not in_shards:
+        check_not_sharded(model, f"gradients of adapters would not be reduced; {ORDER}")
 
 
 def _wrapped(module: nn.Module) -> str:
@@ -127,6 +130,7 @@ def check_calibration(variant: Variant, data: Any) -> None:
 def check_behaviour(targets: Iterable[Target]) -> None:
     """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
     layers = [target for target in targets if target.kind not in ("experts", "block")]
+    layers = [t for t in layers if not any(is_sharded(p) for p in t.layer._parameters.values())]  # looked at before
     unusual = [t for t in layers if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
     if not unusual:
         return

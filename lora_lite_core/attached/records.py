@@ -24,6 +24,7 @@ class Whole:
 
     base: Tensor
     trained: Tensor | None  # None while it is in place
+    shard: Tensor | None = None  # of the trained one, while a sharded place has the base's values
 
     @classmethod
     def trained_from(cls, base: Tensor, values: Tensor) -> Whole:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..contract.config import AdapterConfig
 from ..contract.errors import ModelStateError, TargetError, closest, listed
+from ..layers.kinds.layer_kinds import is_sharded
+from ..layers.shards import copy_shard
 from .layer_hooks.layer_state import state_of
 from .records import Record, Whole, records_of
 
@@ -91,6 +94,10 @@ def whole_copies(model: nn.Module, cfg: AdapterConfig) -> dict[str, Whole]:
 def put_trained(model: nn.Module, record: Record) -> None:
     """The trained copies in their places. May be repeated."""
     for name, whole in record.whole.items():
+        if whole.shard is not None:
+            _shard(tensor_at(model, name)).copy_(whole.shard)
+            whole.shard = None
+            continue
         if whole.trained is not None and place(model, name, whole.trained) is not None:
             whole.trained = None
 
@@ -98,9 +105,20 @@ def put_trained(model: nn.Module, record: Record) -> None:
 def put_base(model: nn.Module, record: Record) -> None:
     """The base's own tensors in their places, while the trained copies wait in the record. May be repeated."""
     for name, whole in record.whole.items():
+        if is_sharded(held := tensor_at(model, name)):  # FSDP2 has taken the place: values change, not tensors
+            if whole.shard is None:
+                whole.shard = _shard(held).clone()
+                copy_shard(held.detach(), whole.base)
+            continue
         if whole.trained is None:
-            whole.trained = tensor_at(model, name)
+            whole.trained = held
         place(model, name, whole.base)
+
+
+def _shard(tensor: Any) -> Tensor:
+    """This process's part of a sharded tensor; writes to it are not recorded."""
+    local: Tensor = tensor.detach().to_local()
+    return local
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:

@@ -19,7 +19,13 @@ from ..attached.model_checks import (
     check_reaction,
     check_takes_parameters,
 )
-from ..attached.records import Record, Whole, check_name, check_one_owner
+from ..attached.records import (
+    Record,
+    Whole,
+    check_name,
+    check_one_owner,
+    record_of,
+)
 from ..attached.targets.places import found_at
 from ..attached.targets.targeting import located
 from ..attached.tensors.declared import shared_key, specs_for
@@ -36,6 +42,7 @@ from ..contract.target import Target
 from ..contract.text import count, plain
 from ..contract.variant import Variant
 from ..discovery.registry import variant_of_file
+from ..layers.shards import is_in_shards
 from .adapter_file import HEADER_TENSOR, AdapterFile, header_text, open_adapter
 
 
@@ -69,8 +76,9 @@ def load(
         saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
         if any(fingerprint for fingerprint, _ in saved.values()):
             from ..attached.model_hooks.base_check import check_base
+            from .shards import readable
 
-            check_base(plain(file.path), targets, saved, on_base_mismatch)
+            check_base(plain(file.path), readable(model, name, targets), saved, on_base_mismatch)
         tensors = opened.read()
         if HEADER_TENSOR in tensors and header_text(tensors) != opened.metadata["adapter"]:
             raise AdapterFileError(
@@ -79,6 +87,7 @@ def load(
     values = _values(file, tensors, expected)
     record.whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
     install(model, name, record, targets, values=values, trainable=trainable)
+    record_of(model, name).step = record.step
     return Adapter(model, name)
 
 
@@ -86,13 +95,18 @@ def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) ->
     """What the file's header asks for, on this model, if that can be."""
     variant = variant_of_file(file.path, file.variant, file.plugin)
     cfg = _config_of(file, variant)
-    check_attachable(model)
+    in_shards = is_in_shards(model)
+    check_attachable(model, in_shards=in_shards)
     if trainable:
         check_takes_parameters(model)
     check_one_owner(model)
     check_name(model, name, variant)
     targets = _targets_of(file, model, cfg, variant, name)
     check_has_weights(targets)
+    if in_shards:
+        from .shards import check_waiting
+
+        check_waiting(file, model, name, targets)
     if trainable:
         check_behaviour(targets)
     return Record(variant, cfg, file.seed, step=file.step), targets

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 
+import torch
 from importlib_metadata import version
 from torch import Tensor, nn
 
-from ..attached.model_checks import check_not_sharded
 from ..attached.records import (
     Record,
     check_outside,
@@ -23,6 +23,8 @@ from ..contract.errors import (
     ModelStateError,
 )
 from ..contract.target import Target
+from ..layers.kinds.layer_kinds import is_sharded
+from ..layers.shards import on_first_process, whole
 from .adapter_file import FORMAT, FORMAT_VERSION
 from .safetensors_writing import real_path, write_tensors
 
@@ -30,16 +32,23 @@ from .safetensors_writing import real_path, write_tensors
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
     """Write the adapter called `name` to `path`, a .safetensors file; the base model's weights are not in it.
 
-    The file appears whole or not at all. Raises AdapterNameError, ModelStateError (no values yet) or AdapterFileError.
+    The file appears whole or not at all. Of a model in shards (FSDP2) all processes call it: each tensor is gathered,
+    and the first process writes. Raises AdapterNameError, ModelStateError (no values yet, or the flat shards of FSDP1
+    and ZeRO-3) or AdapterFileError.
     """
     record = record_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
     if record.whole:
         check_outside(model)  # the trained modules are not in their place there
-    check_not_sharded(model, "gather it first (get_model_state_dict with full_state_dict=True)")
     targets = targets_of(model, name)
-    if "base" in records_of(model).handles:  # something was taken from the base
+    in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+    in_shards = False
+    if in_processes:
+        from .shards import prepared_to_gather
+
+        in_shards = prepared_to_gather(model, name)
+    if "base" in records_of(model).handles and not in_shards:  # something was taken from the base
         from ..attached.model_hooks.base_check import warn_if_stale
 
         warn_if_stale(model, name, stacklevel=3)
@@ -54,7 +63,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
             f"type save(model, '{file.parent / (file.stem or 'adapter')}.safetensors')"
         )
     tensors, metadata = contents(model, record, targets)
-    write_tensors(file, tensors, metadata)
+    if in_shards:
+        on_first_process(lambda: write_tensors(file, tensors, metadata))
+    else:
+        write_tensors(file, tensors, metadata)
 
 
 def contents(
@@ -70,6 +82,8 @@ def contents(
         from ..attached.train_modules import current
 
         tensors |= current(model, record)
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     return {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets)
 
 

@@ -16,6 +16,7 @@ from ..attached.tensors.made import as_made, check_in_place
 from ..contract.errors import BrokenPlugin, ModelStateError
 from ..contract.target import Params, Target
 from ..layers.kinds.layer_kinds import is_sharded
+from ..layers.shards import copy_shard
 
 
 def follow(model: nn.Module, optimizer: Any) -> RemovableHandle:
@@ -108,17 +109,9 @@ class _Whole:
 
     def write_back(self) -> None:
         for tensor, whole in self._made.values():
-            _copy_shard(tensor, whole)
+            copy_shard(tensor, whole)
             if whole.grad is not None and tensor.grad is not None:
-                _copy_shard(tensor.grad, whole.grad)
-
-
-def _copy_shard(sharded: Any, whole: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = sharded.device_mesh
-    there = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    sharded.to_local().copy_(there.redistribute(mesh, sharded.placements).to_local())
+                copy_shard(tensor.grad, whole.grad)
 
 
 def penalty(model: nn.Module, name: str | None = None) -> Tensor:

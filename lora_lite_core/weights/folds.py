@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attached.layer_hooks.layer_state import state_of
 from ..attached.layer_hooks.putting import hook_in_between
-from ..attached.model_checks import check_attachable
+from ..attached.model_checks import GATHER, check_attachable, check_not_sharded
 from ..attached.records import targets_of
 from ..attached.targets.experts import single
 from ..contract.errors import MergeError
@@ -37,6 +37,7 @@ class Fold:
 
 
 def folds_of(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
+    check_not_sharded(model, GATHER)
     check_attachable(model)
     found = {path: target for one in names for path, target in targets_of(model, one).items()}
     owners = _owners(model)

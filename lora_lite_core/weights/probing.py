@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attached.layer_hooks.layer_state import targets_on
+from ..attached.tensors.declared import check_not_flat
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
 from ..layers.kinds.embedding import is_embedding
@@ -127,6 +128,8 @@ def refuse_block(target: Target) -> None:
 
 def check_usable(name: str, target: Target, layer: nn.Module) -> None:
     """Raise ModelStateError for an adapter that has no values or is off, MergeError for one that is not finite."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        check_not_flat(target)
     if not target.ready:
         raise ModelStateError(f"adapter '{target.adapter}' has no values yet; call initialize() or load(model, path)")
     if not target.enabled:

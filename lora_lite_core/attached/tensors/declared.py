@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.config import AdapterConfig
-from ...contract.errors import BrokenPlugin, LoraLiteError
+from ...contract.errors import BrokenPlugin, LoraLiteError, ModelStateError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
 from ...layers.kinds.layer_kinds import layer_dtype
@@ -97,3 +97,16 @@ def weight_version(layer: nn.Module, part: str = "") -> int:
     """How often torch has seen the layer's weight written in place."""
     weight = layer._parameters.get(part or "weight")
     return -1 if weight is None else weight._version
+
+
+def check_not_flat(target: Target) -> None:
+    """Raise ModelStateError where tensors have not the shapes that were declared: flat shards of FSDP1, or the empty
+    ones of ZeRO-3, which nothing here can put together."""
+    params = target.params
+    for bare, spec in specs_for(target).items() if target.stack is None else ():
+        if tuple(params[bare].shape) != tuple(spec.shape):
+            raise ModelStateError(
+                f"{target.name}.{bare} is {tuple(params[bare].shape)} and not {tuple(spec.shape)}: FSDP1 or ZeRO-3 "
+                "keeps a part of it. Gather it around the call: `with FullyShardedDataParallel.summon_full_params("
+                "model):`, or `with deepspeed.zero.GatheredParameters([*model.parameters()]):`"
+            )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attached.model_checks import check_not_sharded
+from ...attached.model_checks import GATHER, check_not_sharded
 from ...attached.records import check_outside, record_of, targets_of
 from ...attached.targets.experts import single
 from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
@@ -67,7 +67,7 @@ def export_lora(
         raise ConfigError(f"tol={tol!r}: the largest relative error is a number from 0")
     cast = dtype_of(dtype)
     record = record_of(model, name)
-    check_not_sharded(model, "export from a model that is not sharded")
+    check_not_sharded(model, GATHER)
     check_outside(model)
     refuse_whole_modules(record)
     result = LoRAExport(checked_folder(directory), 0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attached.model_checks import check_not_sharded
+from ...attached.model_checks import GATHER, check_not_sharded
 from ...attached.records import Record, check_outside, record_of, targets_of
 from ...attached.targets.experts import single
 from ...attached.train_modules import current
@@ -43,7 +43,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
             f"variant '{record.variant.name}' has no form of its own in PEFT; export_lora writes a low-rank change as "
             "a LoRA, merge(model) writes any into the weights"
         )
-    check_not_sharded(model, "export from a model that is not sharded")
+    check_not_sharded(model, GATHER)
     check_outside(model)
     folder = checked_folder(directory)
     targets = leaders(targets_of(model, name))

@@ -1,0 +1,185 @@
+"""What two processes do in tests/test_distributed.py."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+from .models import Net, token_ids
+
+FILE = "adapter.safetensors"
+NAMES = [info.name for info in ll.list_variants()]
+OWN: dict[str, dict[str, Any]] = {
+    "oft": {"block_size": 8},
+    "ssvd": {"r": 4},
+    "antipasto": {"r": 8},
+    "trainable_tokens": {"rows": (1, 5), "target_names": ()},
+}
+
+
+def config(name: str, **more: Any) -> ll.AdapterConfig:
+    rank = {"r": 4} if issubclass(ll.get_variant(name).Config, ll.RankConfig) else {}
+    return ll.LoraLiteConfig(variant=name, **{**rank, **OWN.get(name, {}), **more})
+
+
+def base() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def attach(model: nn.Module, name: str, **more: Any) -> ll.Adapter:
+    data = {"calibration_data": [{"ids": token_ids(seed, (8, 5))} for seed in range(3)]} if name == "eva" else {}
+    return ll.attach(model, config(name, **more), **data)
+
+
+def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 4, half: int | None = None) -> list[float]:
+    """Losses of steps on batches of four rows, or on one half of each."""
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0), []
+    for number in range(steps):
+        ids = token_ids(number, (4, 5))
+        ids = ids if half is None else ids[2 * half : 2 * half + 2]
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def shard(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def meet(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+
+def each_variant(rank: int, wrap: str, folder: str) -> None:
+    """Every variant: attach, shard, train half of each batch, save; the outputs go into the folder."""
+    meet(rank, folder)
+    try:
+        found: dict[str, Tensor] = {}
+        for name in NAMES:
+            model = base()
+            attach(model, name)
+            outer: Any = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": shard}[wrap](model)
+            train(outer, trained(outer), half=rank)
+            with torch.no_grad():
+                found[name] = outer(token_ids(9)).clone()
+            if wrap == "fsdp2":
+                ll.save(model, Path(folder) / f"{name}.safetensors")
+        if rank == 0:
+            torch.save(found, Path(folder) / "outputs.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def _fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    warnings.simplefilter("ignore")
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def from_meta(rank: int, folder: str) -> None:
+    """Every variant attached on meta, sharded, made, given the base's weights, then its own: new ones, or a file's."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    meet(rank, folder)
+    try:
+        weights = base().state_dict()
+        found: dict[str, Tensor] = {}
+        refused: dict[str, str] = {}
+        for name in NAMES:
+            for way in ("new", "file"):
+                with torch.device("meta"):
+                    model = Net()
+                adapter = ll.attach(model, config(name))
+                shard(model)
+                model.to_empty(device="cpu")
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_model_state_dict(model, {k: v.clone() for k, v in weights.items()}, options=options)
+                try:
+                    if way == "new":
+                        adapter.initialize([{"ids": token_ids()}] if name == "eva" else None)
+                    else:
+                        ll.load(model, Path(folder) / f"{name}.safetensors")
+                except ll.ModelStateError as error:
+                    refused[f"{name} {way}"] = str(error)
+                    continue
+                with torch.no_grad():
+                    found[f"{name} {way}"] = model(token_ids(9)).clone()
+                train(model, trained(model), steps=1, half=rank)
+        if rank == 0:
+            torch.save((found, refused), Path(folder) / "meta.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def heads(rank: int, folder: str) -> None:
+    """A head that is trained whole, switched off and on in shards; what is refused there, with its text."""
+    meet(rank, folder)
+    try:
+        said: dict[str, str] = {}
+        model = base()
+        frozen = model(token_ids(9)).detach()
+        attach(model, "lora", train_modules=("lm_head",))
+        shard(model)
+        train(model, trained(model), half=rank)
+        on = model(token_ids(9)).detach()
+        for _ in range(2):
+            with ll.disabled(model):
+                torch.testing.assert_close(model(token_ids(9)).detach(), frozen)
+            torch.testing.assert_close(model(token_ids(9)).detach(), on)
+        train(model, trained(model), steps=1, half=rank)
+        on = model(token_ids(9)).detach()
+        ll.save(model, Path(folder) / FILE)
+        again = base()
+        ll.load(again, Path(folder) / FILE)
+        torch.testing.assert_close(again(token_ids(9)).detach(), on, rtol=1e-4, atol=1e-5)
+        calls = {
+            "merge": lambda: ll.merge(model),
+            "export": lambda: ll.export_lora(model, Path(folder) / "lora"),
+            "attach": lambda: attach(model, "ia3"),
+            "detach": lambda: ll.detach(model),
+            "load": lambda: ll.load(model, Path(folder) / FILE, name="second"),
+            "nowhere": lambda: ll.save(model, Path(folder) / "none" / FILE),
+        }
+        for what, call in calls.items():
+            try:
+                call()
+            except ll.LoraLiteError as error:
+                said[what] = f"{type(error).__name__}: {error}"
+        flat = base()
+        attach(flat, "lora")
+        _fsdp1(flat)
+        try:
+            ll.save(flat, Path(folder) / "flat.safetensors")
+        except ll.ModelStateError as error:
+            said["flat"] = str(error)
+        torch.save(said, Path(folder) / f"said{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
