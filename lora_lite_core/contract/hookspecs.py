@@ -24,7 +24,7 @@ x                 (..., d_in), what the layer receives, any leading shape and fl
 y                 (..., d_out), the output so far: of the frozen layer and of adapters attached before
 training          True while the layer is in training mode; False in evaluation, and where the core merges or exports
 config            the fields of PEFT's adapter_config.json, r and lora_alpha being this layer's own
-tensors           {name: tensor} of this layer in PEFT's file, the names without the layer's, as in "lora_A.weight"
+tensors           {name: tensor} of this layer in PEFT's file ("lora_A.weight"), or of all layers ("base_model.vera_A")
 
 Constants that a module may hold:
 

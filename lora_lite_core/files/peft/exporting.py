@@ -24,6 +24,7 @@ from .config_json.fields import PER_LAYER
 from .config_json.layout import check_endings, check_read_back, layout_fields
 from .folder_writing import checked_folder, write_folder
 from .tensor_forms.biases import written_biases
+from .tensor_forms.for_all import TOP, joined
 from .tensor_forms.forms import keys_of, written_form
 from .tensor_forms.tied_tokens import ROWS, leaders, tied_to
 
@@ -50,7 +51,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
     layout = layout_fields(model, targets)
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    keys = keys_of(targets)
+    keys, common = keys_of(targets), dict[str, list[Tensor]]()
     for path, target in targets.items():
         adapters_alone(target, [name])
         check_usable(path, target, target.layer)
@@ -58,10 +59,14 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         fields[path] = each[0][0]
         if target.experts and fields[path].get("lora_dropout"):
             raise MergeError(f"{path}: PEFT has no dropout for fused experts; set it to 0 in the config")
+        for one in each:
+            for key in [key for key in one[1] if key.startswith(TOP)]:
+                common.setdefault(key, []).append(one[1].pop(key))
         made = written_form(target, [tensors for _, tensors in each])
         others = tied_to(model, path) if ROWS in made else []
         for key in (keys[path], *(f"{other}." for other in others)):
             tensors |= {f"{key}{kind}": tensor for kind, tensor in made.items()}
+    tensors |= joined(common)
     config = {**layout, **_joined(fields, layout["target_modules"])}
     if record.whole:
         tensors |= _trained(model, record, config, targets)

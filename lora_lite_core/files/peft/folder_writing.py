@@ -20,6 +20,7 @@ from ...contract.errors import AdapterFileError, MergeError
 from ..safetensors_writing import write_tensors, write_whole
 from .config_json.fields import CONFIG
 from .folder_reading import PREFIX, WEIGHTS
+from .tensor_forms.for_all import TOP
 
 try:
     import fcntl
@@ -48,7 +49,7 @@ def write_folder(folder: Path, model: nn.Module, fields: Mapping[str, Any], tens
         text = json.dumps({**common, **fields}, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except ValueError as error:
         raise MergeError(f"PEFT's config cannot hold infinity or NaN: {fields}") from error
-    held = {PREFIX + key: tensor for key, tensor in tensors.items()}
+    held = {key if key.startswith(TOP) else PREFIX + key: tensor for key, tensor in tensors.items()}
     fresh = not checked_folder(folder).exists()
     with _typed(folder):
         folder.mkdir(exist_ok=True)

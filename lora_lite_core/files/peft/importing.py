@@ -32,6 +32,7 @@ from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
 from .readers import Part, read_parts
 from .tensor_forms.biases import trained_biases, with_plain_biases
+from .tensor_forms.for_all import common_tensors
 from .tensor_forms.forms import place_of_key, read_form
 from .tensor_forms.tied_tokens import leave_to_leaders
 
@@ -75,10 +76,12 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     selection = Selection(config, model)
     tensors = with_plain_biases(tensors)
     whole = {**_whole_modules(selection, tensors), **trained_biases(selection, tensors)}
-    layers = _by_layer(selection, {key: tensor for key, tensor in tensors.items() if key not in whole})
+    common = common_tensors(tensors)
+    own = {key: tensor for key, tensor in tensors.items() if key not in whole and key not in common}
+    layers = _by_layer(selection, own)
     tied = leave_to_leaders(model, layers)
     check_complete(selection, layers)
-    parts = read_parts(selection, layers, tied, trainable)
+    parts = read_parts(selection, layers, tied, common, trainable)
     return sorted(parts, key=lambda part: part.targets[0].name in selection.tokens), whole
 
 

@@ -24,6 +24,7 @@ from ...discovery.source_reading import read_source
 from ...layers.kinds.experts import expert
 from .config_json.fields import CONFIG, Tracked, check_all_read, first_of, shown
 from .config_json.selection import Selection
+from .tensor_forms.for_all import TOP
 
 
 @dataclass
@@ -87,13 +88,14 @@ def read_parts(
     selection: Selection,
     layers: Mapping[str, Mapping[str, Tensor]],
     tied: Mapping[str, Sequence[str]],
+    common: Mapping[str, Tensor],
     trainable: bool,
 ) -> list[Part]:
-    """Each layer's tensors, read by the first variant that knows them; those that are tied to one read the same.
-    Raises AdapterFileError."""
+    """Each layer's tensors, and those that there are once for all, read by the first variant that knows them; those
+    that are tied to a layer read the same. Raises AdapterFileError."""
     readers = Readers(selection.config["peft_type"])
     parts: dict[str, Part] = {}
-    pairs = [(path, one, layers[path]) for path in layers for one in (path, *tied.get(path, ()))]
+    pairs = [(path, one, {**layers[path], **common}) for path in layers for one in (path, *tied.get(path, ()))]
     for leader, path, tensors in pairs:
         config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, place_at(selection.model, path)
         assert place is not None, path
@@ -154,7 +156,7 @@ def _made(
     fields: dict[str, Any] = {}
     each: list[dict[str, Tensor]] = []
     for index in range(place.experts):
-        own = Tracked({name: dict.__getitem__(tensors, name)[index] for name in tensors})
+        own = Tracked({name: _of_one(name, dict.__getitem__(tensors, name), index) for name in tensors})
         made = from_peft({"config": config, "tensors": own, "layer": expert(place.layer, place.part, index)})
         if made is None:
             return None
@@ -162,6 +164,10 @@ def _made(
         each.append(made[1])
         tensors.read |= own.read
     return fields, {bare: torch.stack([values[bare] for values in each]) for bare in each[0]}
+
+
+def _of_one(name: str, tensor: Tensor, index: int) -> Tensor:
+    return tensor if name.startswith(TOP) else tensor[index]
 
 
 def _checked(target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:
