@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core.layers.kinds.convolution import patches
+from lora_lite_core.layers.kinds.convolution import Patches, patches
 
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SMALL: dict[str, dict[str, Any]] = {"oft": {"block_size": 4}, "antipasto": {"r": 4}, "ssvd": {"r": 4}}
@@ -206,3 +206,61 @@ def test_a_network_of_transformers_trains_reloads_and_merges(tmp_path: Path) -> 
     torch.testing.assert_close(again(x).logits.detach(), expected, rtol=1e-4, atol=1e-4)
     ll.merge(again)
     torch.testing.assert_close(again(x).logits.detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_patches_are_made_where_they_are_needed_and_not_before() -> None:
+    layer: Any = model(2)[2]
+    image = torch.randn(2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    x, made = Patches.of(layer, image), patches(layer, image)
+    A = torch.randn(3, made.shape[-1], dtype=torch.float64)
+    bias = torch.randn(3, dtype=torch.float64)
+    for compute in (
+        lambda x: nn.functional.linear(x, A),
+        lambda x: nn.functional.linear(x, A, bias),
+        lambda x: x @ A.T,
+        lambda x: torch.matmul(x, A.T),
+        lambda x: x * 2 + 1,
+        lambda x: torch.einsum("...i,ri->...r", x, A),
+        lambda x: x.flatten(0, -2).sum(0),
+        lambda x: x.float(),
+        lambda x: nn.functional.linear(x.to(torch.float32), A.float()),
+        lambda x: torch.cat([x, x], -1),
+    ):
+        got, expected = compute(x), compute(made)
+        assert type(got) is Tensor
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        ours, theirs = (torch.autograd.grad(one.square().sum(), image, retain_graph=True)[0] for one in (got, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert x.shape == made.shape
+    assert (x.dtype, x.device, x.dim(), len(x)) == (made.dtype, made.device, made.dim(), len(made))
+
+
+@pytest.mark.parametrize("name", ["lora", "hra", "ia3"])
+def test_the_output_lies_in_memory_as_the_frozen_layers(name: str) -> None:
+    base, x = model(2), images(2)
+    strides = base[0](x).stride()
+    attach(base, config(name), x)
+    assert base[0](x).stride() == strides
+    turned = x.to(memory_format=torch.channels_last)
+    assert base[0](turned).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dims", KINDS)
+def test_dropout_is_pefts_from_the_same_draw(dims: int) -> None:
+    base, x = plain(dims).train(), images(dims, torch.float32)
+    adapter = ll.attach(base, config("lora", alpha=8, dropout=0.5))
+    moved(adapter)
+    cfg = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(plain(dims), cfg).train()
+    for name, target in adapter.layers().items():
+        inner = theirs.base_model.model.get_submodule(name)
+        for factor in "AB":
+            weight = inner.get_submodule(f"lora_{factor}.default").weight
+            weight.data.copy_(target.params[f"lora_{factor}"].detach().reshape(weight.shape))
+    outputs = []
+    for run in (base, theirs):
+        torch.manual_seed(3)
+        outputs.append(run(x).detach())
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(4)
+    assert not torch.allclose(base(x).detach(), outputs[0])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...contract.errors import UnsupportedLayer
-from ...layers.kinds.convolution import channels_first, channels_last, flat_weight, patches
+from ...layers.kinds.convolution import Patches, channels_first, channels_last, flat_weight, patches
 from .layer_state import LayerState, run, state_of
 
 
@@ -52,7 +52,9 @@ def _convolve(state: LayerState, layer: Any, image: Tensor, y: Tensor) -> Tensor
     targets = [target for target in state.targets if target.enabled]
     if not targets:
         return y
-    x, y = patches(layer, image), channels_last(layer, y)
+    contiguous = y.is_contiguous()
+    read = any(target.variant.forward_input is not None for target in targets)
+    x, y = patches(layer, image) if read else Patches.of(layer, image), channels_last(layer, y)
     seen = x
     for target in targets:
         if target.variant.forward_input is not None:
@@ -62,7 +64,8 @@ def _convolve(state: LayerState, layer: Any, image: Tensor, y: Tensor) -> Tensor
     for target in targets:
         if target.variant.forward is not None:
             y = run(target.variant.forward, "forward", layer, target, x, y)
-    return channels_first(layer, y)
+    y = channels_first(layer, y)
+    return y.contiguous() if contiguous else y  # whoever views the frozen layer's output views this one
 
 
 def _after_block(state: LayerState, layer: nn.Module, x: Tensor, output: Any) -> Any:
