@@ -23,7 +23,6 @@ from ..contract.errors import (
     ModelStateError,
 )
 from ..contract.target import Target
-from ..layers.kinds.layer_kinds import is_sharded
 from ..layers.shards import on_first_process, whole
 from .adapter_file import FORMAT, FORMAT_VERSION
 from .safetensors_writing import real_path, write_tensors
@@ -64,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         )
     tensors, metadata = contents(model, record, targets)
     if in_shards:
+        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
         on_first_process(lambda: write_tensors(file, tensors, metadata))
     else:
         write_tensors(file, tensors, metadata)
@@ -82,8 +82,6 @@ def contents(
         from ..attached.train_modules import current
 
         tensors |= current(model, record)
-    if any(is_sharded(tensor) for tensor in tensors.values()):
-        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     return {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets)
 
 
