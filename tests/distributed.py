@@ -183,3 +183,64 @@ def heads(rank: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+class Vision(nn.Module):
+    """ids → a picture of embeddings → a convolution → logits; blocks as the others have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(16, 16, 3, padding=1), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(1, 2)
+        for block in self.layers:
+            x = block(x)
+        return self.head(x.transpose(1, 2))
+
+
+class Logits(nn.Module):
+    """A model of transformers that returns its logits alone."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.layers = inner.model.layers
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids).logits
+
+
+def of_kind(kind: str) -> tuple[nn.Module, tuple[str, ...]]:
+    torch.manual_seed(0)
+    if kind in ("convolution", "embedding"):
+        return Vision(), (r"layers\.\d\.0$",) if kind == "convolution" else ("embed",)
+    from .experts import model
+
+    return Logits(model("mixtral", kind, torch.float32)), (r"mlp\.experts\.",)
+
+
+KINDS = ("convolution", "embedding", "eager", "grouped_mm")
+
+
+def trained_kind(kind: str, name: str, half: int | None = None) -> tuple[nn.Module, list[float]]:
+    model, targets = of_kind(kind)
+    ll.attach(model, config(name, target_names=targets, exclude_names=()))
+    if half is not None:
+        shard(model)
+    return model, train(model, trained(model), half=half)
+
+
+def kinds(rank: int, folder: str) -> None:
+    """Adapters on other kinds of layer, in shards."""
+    meet(rank, folder)
+    try:
+        for kind in KINDS:
+            for name in ("lora", "dora"):
+                model, _ = trained_kind(kind, name, rank)
+                ll.save(model, Path(folder) / f"{kind} {name}.safetensors")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

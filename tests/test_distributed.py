@@ -14,7 +14,21 @@ import torch
 
 import lora_lite as ll
 
-from .distributed import NAMES, attach, base, each_variant, from_meta, heads, token_ids, train, trained
+from .distributed import (
+    KINDS,
+    NAMES,
+    attach,
+    base,
+    each_variant,
+    from_meta,
+    heads,
+    kinds,
+    of_kind,
+    token_ids,
+    train,
+    trained,
+    trained_kind,
+)
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -100,3 +114,15 @@ def test_the_example_trains_saves_and_goes_on(variant: str, tmp_path: Path) -> N
     assert shown[0][-1] < 0.99 * shown[0][0]
     assert shown[1][0] < 1.1 * shown[0][-1], "it goes on where it was"
     assert ll.inspect(second).variant == variant
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
+def test_other_kinds_of_layer_in_shards(tmp_path: Path) -> None:
+    run(kinds, str(tmp_path))
+    for kind in KINDS:
+        for name in ("lora", "dora"):
+            expected, _ = trained_kind(kind, name)
+            again, _ = of_kind(kind)
+            ll.load(again, tmp_path / f"{kind} {name}.safetensors")
+            torch.testing.assert_close(again(token_ids(9)), expected(token_ids(9)), rtol=1e-3, atol=5e-4)
