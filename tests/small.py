@@ -69,3 +69,20 @@ def trained(model: nn.Module, *adapters: tuple[str, ll.AdapterConfig]) -> nn.Mod
         for p in ll.attach(model, cfg, name=name).parameters():
             p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
     return model
+
+
+class Fused(nn.Module):
+    """Two layers in one parameter, the mean of which is returned."""
+
+    is_transposed = False
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.randn(2, d_out, d_in) / d_in**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (nn.functional.linear(x, self.fused[0]) + nn.functional.linear(x, self.fused[1])) / 2
+
+
+def experts() -> Small:
+    return base(Fused)

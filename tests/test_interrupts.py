@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 from .interrupting import Case, Operation, check
-from .small import X, base, conv1d, observed, quantised, trained
+from .small import X, base, conv1d, experts, observed, quantised, trained
 from .whole_state import differences, process, restore
 
 TARGETS = ("first", "second")
@@ -133,6 +133,10 @@ CASES: dict[str, Case] = {
     "attach, on meta": attaching(lambda: base().to("meta"), LORA),
     "initialize": starting(on_meta, initialize, further=detach()),
     "load": loading(LORA),
+    "attach, experts": attaching(experts, LORA),
+    "load, experts": loading(LORA, experts),
+    "merged, experts": inside(ll.merged, "style", lambda: with_style(LORA, experts)),
+    "merge, experts": starting(with_style, merge(), LORA, experts),
     "detach, the first of two": starting(with_two, detach("other"), further=detach(None)),
     "detach, the last of two": starting(with_two, detach("style")),
     "detach, the only one": starting(with_style, detach("style")),
