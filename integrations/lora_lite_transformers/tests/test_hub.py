@@ -29,7 +29,6 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.lfs: dict[str, bytes] = {}
         self.seen: list[str] = []
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -59,10 +58,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-    def do_PUT(self) -> None:
-        self.server.lfs[self.path.rpartition("/")[2]] = self._body()
-        self._answer({})
 
     def do_POST(self) -> None:
         body, server = self._body(), self.server
@@ -111,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     monkeypatch.setattr(
         hub_module, "HfApi", lambda token=None: Here(endpoint=server.address, token=token or "hf_none", cache=tmp_path / "cache")
@@ -221,12 +216,3 @@ def test_a_local_folder(llama: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     again = llama()
     load_from_hub(again, tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-def test_the_models_own_push(hub: Hub, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`model.push_to_hub` uploads what `save_pretrained` writes."""
-    from transformers.utils import hub as theirs
-
-    monkeypatch.setattr(theirs, "hf_api", lambda *_, **__: hub_module.HfApi(), raising=False)
-    adapted(llama()).push_to_hub("user/whole")
-    assert {"adapters/default.safetensors", "model.safetensors"} <= set(hub.repositories["user/whole"])
