@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 import lora_lite as ll
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' and torch's own
+FIELDS = TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 VARIANTS = Path(__file__).parents[3] / "tests/variants"
 
 
@@ -317,7 +319,7 @@ def test_a_quantised_base_is_accepted(bits: int, llama: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "more",
-    [{"activation_checkpointing": True}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}],
+    [{CHECKPOINTING: True}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}],
     ids=str,
 )
 def test_ways_to_train(more: dict[str, Any], llama: Any, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_grpo(variant: str, name: str, continued: bool, llama: Any, ids: Any, to
     trainer.train()
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-5)
-    assert abs(kl[1]) > 1e-5  # RLOO's estimate has a sign
+    assert kl[1] != 0  # RLOO's estimate has a sign
     assert torch.equal(trainer.ref_model(ids).logits, start)
     check_checkpoint(tmp_path / "checkpoint-2", model, llama(), ids)
 
