@@ -109,6 +109,32 @@ def test_a_state_dict_that_is_given_is_written_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "adapters/default.safetensors").exists()
 
 
+def test_a_class_that_also_has_save(tmp_path: Path) -> None:
+    """As sentence-transformers, whose `save` has each of its parts save itself."""
+
+    class Sentences(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def save(self, path: Path, name: str | None = None, card: bool = True) -> None:
+            self.inner.save_pretrained(path)
+
+        def save_pretrained(self, path: Path) -> None:
+            self.save(path)
+
+    model = Sentences()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    for place, save in enumerate((lambda to: model.save(to, None, True), lambda to: model.save_pretrained(to))):
+        save(tmp_path / str(place))
+        assert keys(tmp_path / str(place)) == sorted(llama().state_dict())
+        assert (tmp_path / str(place) / "adapters/default.safetensors").exists()
+    view = ll.reference_view(model)
+    assert not {"save", "save_pretrained"} & vars(view).keys()
+    ll.detach(model)
+    assert not {"save", "save_pretrained"} & vars(model).keys()
+
+
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path / "a", is_main_process=False)
     assert not list(tmp_path.rglob("*.safetensors"))

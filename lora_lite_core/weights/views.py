@@ -74,9 +74,9 @@ def _strip(view: nn.Module, names: list[str]) -> None:
     that were copied still mean the model's hooks."""
     records = records_of(view)
     _remove_hooks(view, records.handles)
-    saver = records.handles.get("saving")
-    if saver is not None and vars(view).pop(SAVING, None) is not None and saver.before is not None:
-        vars(view)[SAVING] = saver.before
+    for name in SAVING:
+        if name in records.handles:
+            records.handles[name].remove()
     kept: dict[str, list[Target]] = {name: [] for name in names}
     for module in view.modules():
         state = state_of(module)

@@ -39,6 +39,14 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike[str], names: Iter
         save(model, path, name=name)
 
 
+def put_savers(model: nn.Module) -> dict[str, SavePretrained]:
+    """`save_pretrained` of the model's own, and `save` where the class has both (sentence-transformers), by name."""
+    own = [name for name in SAVING if hasattr(type(model), name)]
+    savers = {name: SavePretrained(model, name, vars(model).get(name)) for name in own}
+    vars(model).update(savers)
+    return savers
+
+
 class SavePretrained:
     """`model.save_pretrained(folder, …)`: what the class writes, of the base alone, and adapters/<name>.safetensors.
 
@@ -46,31 +54,25 @@ class SavePretrained:
     Trainer makes the checkpoints that it resumes from.
     """
 
-    def __init__(self, model: nn.Module, before: Any) -> None:
+    def __init__(self, model: nn.Module, name: str, before: Any) -> None:
         self.model = model
+        self.name = name
         self.before = before  # an attribute of the same name that somebody else has put on the instance
-
-    @classmethod
-    def put_on(cls, model: nn.Module) -> SavePretrained:
-        """In the place of the class's own until `remove()`."""
-        saver = cls(model, vars(model).get(SAVING))
-        vars(model)[SAVING] = saver
-        return saver
 
     def remove(self) -> None:
         """Leave the instance as it was."""
-        if vars(self.model).get(SAVING) is self:
-            del vars(self.model)[SAVING]
+        if vars(self.model).get(self.name) is self:
+            del vars(self.model)[self.name]
             if self.before is not None:
-                vars(self.model)[SAVING] = self.before
+                vars(self.model)[self.name] = self.before
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        writes = args[0] if args else kwargs.get("is_main_process", True)
+        model, pretrained = self.model, self.name == SAVING[0]
+        writes = args[0] if pretrained and args else kwargs.get("is_main_process", True)
         if not os.path.isfile(save_directory) and (writes or _sharded(model)):
             write_adapters(model, save_directory)  # first: what cannot be saved is said before gigabytes are written
-        save = self.before or getattr(type(model), SAVING).__get__(model)
-        if len(args) > 1 or "state_dict" in kwargs:
+        save = self.before or getattr(type(model), self.name).__get__(model)
+        if "state_dict" in kwargs or (pretrained and len(args) > 1):
             return save(save_directory, *args, **kwargs)
         with base_alone(model):
             return save(save_directory, *args, **kwargs)

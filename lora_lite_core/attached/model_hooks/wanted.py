@@ -30,10 +30,10 @@ def add_hooks(model: nn.Module, record: Record, targets: Sequence[Target]) -> No
         from .training import refuse_half_sharded
 
         handles["sharding"] = model.register_forward_pre_hook(refuse_half_sharded)
-    if "saving" not in handles and hasattr(type(model), SAVING):
-        from .saving import SavePretrained
+    if SAVING[0] not in handles and hasattr(type(model), SAVING[0]):
+        from .saving import put_savers
 
-        handles["saving"] = SavePretrained.put_on(model)
+        handles |= put_savers(model)
     if wanted["calls"]:
         from .calls import begin_call, calls_of, end_call
 
