@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,11 @@ class Reference:
             )
         if given.arguments.get("ref_model") is not None:
             return
+        if _is_sharded(args):
+            raise ModelStateError(
+                "the reference is a view that shares its parameters with the model, and FSDP or DeepSpeed would shard "
+                "them twice; train with DDP, or give ref_model= a model of its own"
+            )
         self.view = reference_view(model, adapters(model))
         if takes:
             given.arguments["ref_model"] = self.view
@@ -77,11 +83,12 @@ class Reference:
         from trl.trainer.utils import add_fused_lm_head
 
         trainer.beta = trainer.args.beta = self.beta
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ModelStateError(
-                "a reference view shares its parameters with the model, which DeepSpeed and FSDP would shard twice; "
-                "train with DDP, or with beta=0"
-            )
         cast = getattr(self.args, "cast_lm_head_to_fp32", False)
         add_fused_lm_head(self.view, temperature=trainer.temperature, cast_lm_head_to_fp32=cast)
         trainer.ref_model = trainer.accelerator.prepare_model(self.view, evaluation_mode=True)
+
+
+def _is_sharded(args: Any) -> bool:
+    """Whether the arguments, or accelerate's launcher, ask for it."""
+    asked = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED")]
+    return any(asked) or bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None))

@@ -182,7 +182,11 @@ def test_grpo(variant: str, name: str, continued: bool, llama: Any, ids: Any, to
     check_checkpoint(tmp_path / "checkpoint-2", model, llama(), ids)
 
 
-def test_references_that_cannot_be(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_references_that_cannot_be(llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ll.ModelStateError, match="FSDP or DeepSpeed would shard them twice; train with DDP"):
+            dpo(adapted(llama(), "lora"), tmp_path, tokenizer)
     with pytest.raises(ll.ModelStateError, match="sync_ref_model=True writes the trained weights into the reference"):
         dpo(adapted(llama(), "lora"), tmp_path, tokenizer, sync_ref_model=True)
     arguments = trl.GRPOConfig(str(tmp_path), beta=0.1, num_generations=4, **COMMON)
