@@ -201,13 +201,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 import lora_lite as ll
 from lora_lite_transformers import AdapterTrainer
-model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+make = lambda: LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+model = make()
 ll.attach(model, ll.LoRAConfig(r=2))
 rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 arguments = TrainingArguments("run", max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
 type("T", (AdapterTrainer, Trainer), {})(model, arguments, train_dataset=rows).train()
-ll.detach(model)
-ll.load(model, "run/checkpoint-1")
+ll.load(make(), "run/checkpoint-1")
 """
 
 
