@@ -33,6 +33,10 @@ processors *arguments:
 peft:
     tools/peft_versions
 
+# the Trainer's integration with TRL, under the first and the last transformers of its range; needs a package index
+trainer:
+    tools/transformers_versions
+
 # quantised bases on this machine, on CUDA where there is one
 bnb-smoke:
     uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py

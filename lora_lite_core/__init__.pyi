@@ -109,6 +109,7 @@ from .toolbox.training_steps import follow as follow
 from .toolbox.training_steps import penalty as penalty
 from .weights.merging import merge as merge
 from .weights.merging import merged as merged
+from .weights.views import reference_view as reference_view
 
 __version__: str
 __all__: list[str]

@@ -65,7 +65,7 @@ def test_all_wheels(wheels: Path) -> None:
     names = {path.name.split("-")[0] for path in wheels.glob("*.whl")}
     assert names == {
         "lora_lite", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho", "lora_lite_peft", "lora_lite_svd",
-        "lora_lite_scale",
+        "lora_lite_scale", "lora_lite_transformers",
     }  # fmt: skip
     contents = run("python3", "-m", "zipfile", "-l", next(wheels.glob("lora_lite_bench-*.whl")), cwd=wheels).stdout
     for part in ("base_model/model.safetensors", "base_model/README.md", "base_model/tokenizer.json", "py.typed"):
@@ -194,3 +194,23 @@ assert torch.equal(PeftModel.from_pretrained(make(), "adapter")(x), model(x))
 def test_the_peft_bridge_alone(wheels: Path, tmp_path: Path) -> None:
     python = environment(tmp_path, wheels, "lora_lite_core", "lora_lite_lora", "lora_lite_peft")
     run(python, "-c", BRIDGE, cwd=tmp_path)
+
+
+TRAINER = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+import lora_lite as ll
+from lora_lite_transformers import AdapterTrainer
+make = lambda: LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+model = make()
+ll.attach(model, ll.LoRAConfig(r=2))
+rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+arguments = TrainingArguments("run", max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+type("T", (AdapterTrainer, Trainer), {})(model, arguments, train_dataset=rows).train()
+ll.load(make(), "run/checkpoint-1")
+"""
+
+
+def test_the_trainer_alone(wheels: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path, wheels, "lora_lite_core", "lora_lite_lora", "lora_lite_transformers")
+    run(python, "-c", TRAINER, cwd=tmp_path)

@@ -56,6 +56,7 @@ def load(
 ) -> Adapter:
     """Attach the adapter in `path` to the layers it was on, with the values it was saved with.
 
+    path              an adapter file, or the folder of a model: then its adapter of that name, or the only one it has
     name              the name it gets here, whatever it was called when it was saved
     trainable         False keeps its tensors out of training
     on_base_mismatch  "error", "warn" or "ignore", when the file remembers another base model
@@ -65,6 +66,10 @@ def load(
     ModelStateError, UnsupportedLayer.
     """
     check_reaction(on_base_mismatch)
+    if os.path.isdir(path):
+        from .folders import adapter_in
+
+        path = adapter_in(path, name)
     with open_adapter(path) as (file, opened):
         record, targets = _checked(file, model, name, trainable)
         base: Mapping[str, Tensor] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 OURS = "_lora_lite"  # what the library's own attributes of a module begin with
+SAVING = ("save_pretrained", "save")  # and methods that an adapted model may have of its own
 _HELD = (
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_load_state_dict_pre_hooks",
@@ -94,4 +95,4 @@ def _contents(module: nn.Module) -> Iterator[tuple[dict[str, Any], tuple[str, ..
 
 
 def _ours(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key.startswith(OURS)}
+    return {key: value for key, value in vars(module).items() if key.startswith(OURS) or key in SAVING}

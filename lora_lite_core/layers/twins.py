@@ -26,7 +26,7 @@ from .kinds.layer_kinds import layer_sizes
 
 Value = TypeVar("Value")
 
-# Of nn.Module: the twin gets dicts of its own, of those that a forward runs with hooks that see the copies.
+# Of nn.Module: the twin gets dicts of its own, of what a forward runs with hooks that see the copies.
 _IDLE = frozenset((
     "_backward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set",
@@ -71,6 +71,11 @@ class Twins:
         if isinstance(value, nn.Module):
             made.eval()
         return made
+
+    def share(self, original: Any, made: Any) -> None:
+        """Have copies that are made later hold `made` in its place."""
+        self._alive.append(original)
+        self._made[id(original)] = made
 
     def kept_apart(self) -> AbstractContextManager[object]:
         """Inside, an operation that writes memory shared with the originals is given memory of its own first."""
@@ -165,10 +170,11 @@ class Twins:
         return tuple.__new__(type(value), held)
 
     def _method(self, value: types.MethodType) -> types.MethodType:
-        return types.MethodType(value.__func__, self._reached(value.__self__))
+        made = self._reached(value.__self__)  # a module's may close over modules; of other owners see _reached
+        return types.MethodType(self._reached(value.__func__) if isinstance(made, nn.Module) else value.__func__, made)
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
-        named = {name: self._reached(one) for name, one in value.keywords.items()}
+        named = {key: self._reached(one) for key, one in value.keywords.items()}
         made = functools.partial(self._reached(value.func), *map(self._reached, value.args), **named)
         vars(made).update(vars(value))
         return made
@@ -176,7 +182,7 @@ class Twins:
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         """With a closure and defaults of its own, in which modules are the copies."""
         cells, defaults, named = value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}
-        own_defaults = tuple(self._reached(one) for one in defaults)
+        own_defaults = tuple(map(self._reached, defaults))
         own_named = {name: self._reached(one) for name, one in named.items()}
         pairs = (*zip(own_defaults, defaults, strict=True), *((own_named[name], named[name]) for name in named))
         if not cells and all(one is old for one, old in pairs):
@@ -195,8 +201,7 @@ class Twins:
         return made
 
     def _reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
-        referent = value()
-        return weakref.ref(self._copy(referent)) if isinstance(referent, nn.Module) else value
+        return weakref.ref(self._copy(value())) if isinstance(value(), nn.Module) else value
 
     def _reached(self, value: Any) -> Any:
         """What a function holds: of a user's own objects (a trainer, a recorder) only those that were copied anyway."""
@@ -212,10 +217,9 @@ class Twins:
         if not (plain or space) or slots or hasattr(kind, "__deepcopy__") or not hasattr(value, "__dict__"):
             return self._foreign(value)
         try:
-            made = types.SimpleNamespace() if space else object.__new__(kind)
+            made = self._made[id(value)] = types.SimpleNamespace() if space else object.__new__(kind)
         except TypeError:  # made by compiled code
             return value
-        self._made[id(value)] = made
         for name, held in list(vars(value).items()):
             vars(made)[name] = self._copy(held)
         return made

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...contract.target import Target
+from ...layers.rollback import SAVING
 from ..records import RECORDS, Record, records_of
 
 
@@ -29,6 +30,10 @@ def add_hooks(model: nn.Module, record: Record, targets: Sequence[Target]) -> No
         from .training import refuse_half_sharded
 
         handles["sharding"] = model.register_forward_pre_hook(refuse_half_sharded)
+    if SAVING[0] not in handles and hasattr(type(model), SAVING[0]):
+        from .saving import put_savers
+
+        handles |= put_savers(model)
     if wanted["calls"]:
         from .calls import begin_call, calls_of, end_call
 
