@@ -80,7 +80,7 @@ class Reference:
         """Where it could not be given as an argument."""
         if not self.beta:
             return
-        from trl.trainer.utils import add_fused_lm_head
+        from trl.trainer.utils import add_fused_lm_head  # pyright: ignore[reportMissingImports]
 
         trainer.beta = trainer.args.beta = self.beta
         cast = getattr(self.args, "cast_lm_head_to_fp32", False)
