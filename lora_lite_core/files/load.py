@@ -66,7 +66,7 @@ def load(
     ModelStateError, UnsupportedLayer.
     """
     check_reaction(on_base_mismatch)
-    if os.path.isdir(path):
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
         from .folders import adapter_in
 
         path = adapter_in(path, name)
