@@ -169,7 +169,9 @@ def test_they_are_targets_only_where_they_are_named() -> None:
     assert "depthwise.weight" in seen.beyond
     assert "conv.weight" not in seen.beyond
     ll.detach(base)
-    message = "depthwise is a Conv2d with groups=8, whose patches do not go through one weight; add exclude_names="
+    message = (
+        "depthwise is a Conv2d with groups=8, whose patches do not go through one weight, as variant 'lora' needs it"
+    )
     with pytest.raises(ll.UnsupportedLayer, match=message):
         ll.attach(base, ll.LoRAConfig(r=2, target_names=("conv", "depthwise")))
     assert not ll.adapters(base)
@@ -264,3 +266,22 @@ def test_dropout_is_pefts_from_the_same_draw(dims: int) -> None:
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     torch.manual_seed(4)
     assert not torch.allclose(base(x).detach(), outputs[0])
+
+
+@pytest.mark.parametrize("name", ["ia3", "road"])
+def test_in_groups_what_looks_at_outputs_alone_is_exact(name: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.Conv2d(8, 8, 3, groups=8)).double()
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    frozen = base(x).detach()
+    adapter = ll.attach(base, ll.LoraLiteConfig(variant=name, target_names=("0", "1")))
+    assert torch.equal(base(x), frozen)
+    moved(adapter)
+    y = base(x).detach()
+    assert not torch.allclose(y, frozen)
+    if name == "road":  # it turns pairs of outputs, which lie in different groups
+        with pytest.raises(ll.MergeError, match="the adapter of 0 mixes outputs of several groups"):
+            ll.merge(base)
+        return
+    ll.merge(base)
+    torch.testing.assert_close(base(x), y, rtol=1e-9, atol=1e-9)

@@ -214,3 +214,12 @@ ll.load(make(), "run/checkpoint-1")
 def test_the_trainer_alone(wheels: Path, tmp_path: Path) -> None:
     python = environment(tmp_path, wheels, "lora_lite_core", "lora_lite_lora", "lora_lite_transformers")
     run(python, "-c", TRAINER, cwd=tmp_path)
+
+
+def test_vision_models_with_convolutions() -> None:
+    """diffusers and timm are too large for the development environment."""
+    command = ["uv", "run", "--isolated", "--quiet", "--with", "diffusers", "--with", "timm", "python"]
+    done = subprocess.run(
+        [*command, "-m", "tests.vision_models"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -60,13 +60,27 @@ def folds_of(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
                 f"{path} has a hook that is not ours ({hook}), between the frozen layer and its adapter: merged "
                 "weights would compute something else; remove it first, or register it after attach"
             )
-        fold = folds[path] = _fold(path, layer, adapted_map(path, layer, targets), _dtype(model, layer))
+        made = adapted_map(path, layer, targets)
+        if is_convolution(layer) and layer.groups != 1:
+            _check_rows(path, made)
+        fold = folds[path] = _fold(path, layer, made, _dtype(model, layer))
         fold.tied = _tied(path, fold, owners.get(id(layer._parameters.get("weight")), [path]), folds, found)
         if not fold.weight.isfinite().all():
             raise MergeError(f"{path} with {listed_variants(targets)} does not fit {fold.weight.dtype}: it overflows")
         if writable(layer):
             _verify(fold)
     return list(folds.values())
+
+
+def _check_rows(path: str, made: AffineMap) -> None:
+    """Raise MergeError unless every row of a weight in groups is a multiple of what it was: outputs of one group have
+    not the inputs of another."""
+    old = made.base_weight
+    scale = (made.weight * old).sum(1, keepdim=True) / old.square().sum(1, keepdim=True).clamp_min(1e-300)
+    if not torch.allclose(made.weight, scale * old, rtol=1e-9, atol=1e-12):
+        raise MergeError(
+            f"the adapter of {path} mixes outputs of several groups, which its weight cannot; run it as it is"
+        )
 
 
 def _tied(

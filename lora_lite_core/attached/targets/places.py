@@ -104,11 +104,22 @@ def check_served(variant: Variant, name: str, place: Place) -> None:
         raise UnsupportedLayer(
             f"{name} ({_named(place)}): variant '{variant.name}' serves {', '.join(variant.layers)} (its LAYERS)"
         )
+    if is_convolution(place.layer) and place.layer.groups != 1 and _reads_rows(variant):
+        raise UnsupportedLayer(
+            f"{name} is a {type(place.layer).__name__} with groups={place.layer.groups}, whose patches do not go "
+            f"through one weight, as variant '{variant.name}' needs it (methods that look at outputs alone do not); "
+            f"add exclude_names=(…, '{name.rpartition('.')[2]}')"
+        )
     if place.kind == "embedding" and variant.forward_input is not None:
         raise UnsupportedLayer(
             f"{name} ({_named(place)}): variant '{variant.name}' changes what a layer receives, and an embedding "
             "receives token ids; leave it out with exclude_names"
         )
+
+
+def _reads_rows(variant: Variant) -> bool:
+    """Whether a variant looks at more than a layer's output, row for row of the weight."""
+    return variant.forward_input is not None or variant.asks("x") or variant.asks("layer")
 
 
 def _named(place: Place) -> str:
@@ -118,11 +129,6 @@ def _named(place: Place) -> str:
 def check_layer(name: str, layer: nn.Module) -> None:
     """Raise UnsupportedLayer for a layer on which an adapter would silently do nothing or go wrong."""
     leave_out = f"add exclude_names=(…, '{name.rpartition('.')[2]}')"
-    if is_convolution(layer) and layer.groups != 1:
-        raise UnsupportedLayer(
-            f"{name} is a {type(layer).__name__} with groups={layer.groups}, whose patches do not go through one "
-            f"weight; {leave_out}"
-        )
     if is_embedding(layer) and layer.max_norm is not None:
         raise UnsupportedLayer(
             f"{name} is an embedding with max_norm={layer.max_norm}, which writes its weight while it runs; {leave_out}"
