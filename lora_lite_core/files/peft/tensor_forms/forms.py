@@ -119,6 +119,8 @@ def _stacked(place: Place, name: str, tensor: Tensor) -> Tensor:
 
 
 def _of_another_convolution(layer: Any) -> str:
+    if layer.groups != 1:
+        return f"a convolution with groups={layer.groups}, which a low-rank product is not"
     if set(layer.dilation) == {1} and layer.padding_mode == "zeros":
         return ""
     return (
