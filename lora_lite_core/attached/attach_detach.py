@@ -128,10 +128,8 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
     for target in targets:
         target.ready, target.placing = record.ready, None
         if record.ready:
-            target.fingerprint, target.base_version = (
-                take_fingerprint(target),
-                weight_version(target.layer, target.part),
-            )
+            target.fingerprint = take_fingerprint(target)
+            target.base_version = weight_version(target.layer, target.part)
         add_target(target)
     add_hooks(model, record, targets)
     records = records_of(model)
@@ -149,8 +147,7 @@ def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
     if record.whole:
         from .train_modules import put_base, put_trained
 
-        if is_in_shards(model):
-            reshard(model)
+        reshard(model)
         (put_trained if trained else put_base)(model, record)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from .errors import BrokenPlugin, ModelStateError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from .variant import Variant
@@ -82,6 +84,10 @@ class Target:
         for bare, (_, attribute, held) in self.shared.items():
             params[bare] = held[attribute]
         return params
+
+    def of_expert(self, params: Mapping[str, Tensor], index: int | Tensor) -> dict[str, Tensor]:
+        """The tensors of one expert: slices of stacks, and those that layers share."""
+        return {bare: tensor if bare in self.shared else tensor[index] for bare, tensor in params.items()}
 
     def reconfigure(self, **changes: Any) -> None:
         """Replace fields of this target's config (`reconfigure(r=5, alpha=10.0)`), make its tensors anew by

@@ -21,7 +21,7 @@ from .layer_state import run, targets_on
 LISTENERS = "_lora_lite_listeners"  # on a twin: by part
 _ASKED = frozenset(("__get__", "dim", "size", "stride", "data_ptr", "is_contiguous", "numel", "ndimension", "__len__"))
 _KEPT = frozenset(("to", "contiguous", "type_as", "squeeze", "float", "bfloat16", "half"))
-_TURNS = ("transpose", "mT", "T", "swapaxes", "adjoint")
+_TURNS = ("transpose", "swapaxes", "adjoint")
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
@@ -57,11 +57,6 @@ def view_of(tensor: Any, note: Note) -> Traced:
     return made
 
 
-def _with(note: Note, **changes: Any) -> Note:
-    kept = {name: getattr(note, name) for name in Note.__dataclass_fields__}
-    return Note(**{**kept, **changes})
-
-
 def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", "") or str(func).rpartition(".")[2]
     given = [*args, *kwargs.values()]
@@ -75,11 +70,11 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if note.kind == "product" or any(isinstance(one, Traced) and one.note.kind == "product" for one in given):
         return _finish(func, name, args, kwargs)
     if name == "__getitem__" and note.experts is None and isinstance(args[1], (int, Tensor)):
-        return view_of(func(*args), _with(note, experts=args[1]))
+        return view_of(func(*args), replace(note, experts=args[1]))
     if name in _KEPT and traced is args[0]:
         return view_of(func(*args, **kwargs), note)
     if name in _TURNS and {*args[1:]} <= {-2, -1, traced.dim() - 2, traced.dim() - 1}:
-        return view_of(func(*args, **kwargs), _with(note, turned=not note.turned))
+        return view_of(func(*args, **kwargs), replace(note, turned=not note.turned))
     if note.kind == "weight":
         return _multiply(func, name, args, kwargs)
     raise _unknown(name, note)
@@ -88,7 +83,7 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _turn(func: Any, found: Tensor, note: Note) -> Tensor:
     """Of properties that are tensors only `.mT`, and `.T` of one expert, are understood."""
     if getattr(getattr(func, "__self__", None), "__name__", "") in ("mT", "T") and found.dim() <= 3:
-        return view_of(found, _with(note, turned=not note.turned))
+        return view_of(found, replace(note, turned=not note.turned))
     raise _unknown("a property", note)
 
 
@@ -121,7 +116,7 @@ def _multiply(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     bias = next((k for k, one in given.items() if isinstance(one, Traced) and one.note.kind == "bias"), None)
     y = func(*[given[k] for k in range(len(args))], **{k: given[k] for k in kwargs})
     if bias_name(note.layer, note.part) and bias is None:
-        return view_of(y, _with(note, kind="product", x=x, rows=rows))
+        return view_of(y, replace(note, kind="product", x=x, rows=rows))
     return rows.shaped(_outputs(note, rows, x, rows.flat(y)), y)
 
 
@@ -156,7 +151,7 @@ def _finish(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not name.endswith("add_"):
         return y
     left.copy_(y)  # the caller goes on with the product, and not with what is returned
-    product.note = _with(note, kind="done")
+    product.note = replace(note, kind="done")
     return product
 
 
@@ -179,7 +174,7 @@ def _each(note: Note, rows: Rows, target: Target, side: str, x: Tensor, y: Tenso
         return x if y is None else y  # taken off by another thread during this call
 
     def run_one(index: Any, x: Tensor, y: Tensor | None) -> Tensor:
-        own = {bare: tensor if bare in target.shared else tensor[index] for bare, tensor in params.items()}
+        own = target.of_expert(params, index)
         layer = expert(note.layer, note.part, index) if "layer" in hook.argnames else note.layer
         return run(hook, side, layer, replace(target, seen=Params(own)), x, y)
 

@@ -33,16 +33,11 @@ def single(target: Target, params: Mapping[str, Tensor] | None = None) -> list[T
             stack=target,
             number=index,
             kind="linear",
-            seen=Params(of_expert(target, whole, index)),
+            seen=Params(target.of_expert(whole, index)),
             placing=None if target.placing is None else _Together(),
         )
         for index in range(target.experts)
     ]
-
-
-def of_expert(target: Target, params: Mapping[str, Tensor], index: int | Tensor) -> dict[str, Tensor]:
-    """The tensors of one expert: slices of stacks, and those that layers share."""
-    return {bare: tensor if bare in target.shared else tensor[index] for bare, tensor in params.items()}
 
 
 def as_layer(target: Target) -> nn.Module:

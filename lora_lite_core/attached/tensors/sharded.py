@@ -92,8 +92,8 @@ def _group_init(model: nn.Module, name: str, kept: Mapping[str, tuple[Target, di
     record = record_of(model, name)
     assert record.variant.group_init is not None
     targets = [one for target, made in kept.values() for one in single(replace(target, placing=_Fixed()), made)]
-    seen = tuple(replace(one, seen=one.params) for one in targets)
-    record.variant.group_init({"model": model, "targets": seen, "cfg": record.cfg, "calibration_data": data})
+    given = {"model": model, "targets": tuple(targets), "cfg": record.cfg}
+    record.variant.group_init({**given, "calibration_data": data})
 
 
 class _Fixed:
