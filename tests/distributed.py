@@ -1,8 +1,13 @@
-"""What two processes do in tests/test_distributed.py."""
+"""Two processes that meet, and what they do in tests/test_distributed.py."""
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +70,44 @@ def shard(model: Any) -> Any:
     return fully_shard(model)
 
 
-def meet(rank: int, folder: str) -> None:
+def together(work: Callable[..., None], *given: Any) -> None:
+    """work(rank, *given) in two new processes of one gloo group; raises if one of them does."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn = torch.multiprocessing.start_processes
+        spawn(_member, (f"{folder}/meeting", work, given), nprocs=2, start_method="spawn")
+
+
+def _member(rank: int, meeting: str, work: Callable[..., None], given: tuple[Any, ...]) -> None:
+    """Left by `os._exit`: as an interpreter ends, a thread of torch's own has been seen to abort the process."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    # They meet in a file: a server in one of the processes could be gone before the other one has ended.
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        work(rank, *given)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def each_variant(rank: int, wrap: str, folder: str) -> None:
     """Every variant: attach, shard, train half of each batch, save; the outputs go into the folder."""
-    meet(rank, folder)
-    try:
-        found: dict[str, Tensor] = {}
-        for name in NAMES:
-            model = base()
-            attach(model, name)
-            outer: Any = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": shard}[wrap](model)
-            train(outer, trained(outer), half=rank)
-            with torch.no_grad():
-                found[name] = outer(token_ids(9)).clone()
-            if wrap == "fsdp2":
-                ll.save(model, Path(folder) / f"{name}.safetensors")
-        if rank == 0:
-            torch.save(found, Path(folder) / "outputs.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    found: dict[str, Tensor] = {}
+    for name in NAMES:
+        model = base()
+        attach(model, name)
+        outer: Any = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": shard}[wrap](model)
+        train(outer, trained(outer), half=rank)
+        with torch.no_grad():
+            found[name] = outer(token_ids(9)).clone()
+        if wrap == "fsdp2":
+            ll.save(model, Path(folder) / f"{name}.safetensors")
+    if rank == 0:
+        torch.save(found, Path(folder) / "outputs.pt")
 
 
 def _ddp(model: nn.Module) -> nn.Module:
@@ -106,83 +125,73 @@ def from_meta(rank: int, folder: str) -> None:
     """Every variant attached on meta, sharded, made, given the base's weights, then its own: new ones, or a file's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    meet(rank, folder)
-    try:
-        weights = base().state_dict()
-        found: dict[str, Tensor] = {}
-        refused: dict[str, str] = {}
-        for name in NAMES:
-            for way in ("new", "file"):
-                with torch.device("meta"):
-                    model = Net()
-                adapter = ll.attach(model, config(name))
-                shard(model)
-                model.to_empty(device="cpu")
-                options = StateDictOptions(full_state_dict=True, strict=False)
-                set_model_state_dict(model, {k: v.clone() for k, v in weights.items()}, options=options)
-                try:
-                    if way == "new":
-                        adapter.initialize([{"ids": token_ids()}] if name == "eva" else None)
-                    else:
-                        ll.load(model, Path(folder) / f"{name}.safetensors")
-                except ll.ModelStateError as error:
-                    refused[f"{name} {way}"] = str(error)
-                    continue
-                with torch.no_grad():
-                    found[f"{name} {way}"] = model(token_ids(9)).clone()
-                train(model, trained(model), steps=1, half=rank)
-        if rank == 0:
-            torch.save((found, refused), Path(folder) / "meta.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    weights = base().state_dict()
+    found: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    for name in NAMES:
+        for way in ("new", "file"):
+            with torch.device("meta"):
+                model = Net()
+            adapter = ll.attach(model, config(name))
+            shard(model)
+            model.to_empty(device="cpu")
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(model, {k: v.clone() for k, v in weights.items()}, options=options)
+            try:
+                if way == "new":
+                    adapter.initialize([{"ids": token_ids()}] if name == "eva" else None)
+                else:
+                    ll.load(model, Path(folder) / f"{name}.safetensors")
+            except ll.ModelStateError as error:
+                refused[f"{name} {way}"] = str(error)
+                continue
+            with torch.no_grad():
+                found[f"{name} {way}"] = model(token_ids(9)).clone()
+            train(model, trained(model), steps=1, half=rank)
+    if rank == 0:
+        torch.save((found, refused), Path(folder) / "meta.pt")
 
 
 def heads(rank: int, folder: str) -> None:
     """A head that is trained whole, switched off and on in shards; what is refused there, with its text."""
-    meet(rank, folder)
-    try:
-        said: dict[str, str] = {}
-        model = base()
-        frozen = model(token_ids(9)).detach()
-        attach(model, "lora", train_modules=("lm_head",))
-        shard(model)
-        train(model, trained(model), half=rank)
-        on = model(token_ids(9)).detach()
-        for _ in range(2):
-            with ll.disabled(model):
-                torch.testing.assert_close(model(token_ids(9)).detach(), frozen)
-            torch.testing.assert_close(model(token_ids(9)).detach(), on)
-        train(model, trained(model), steps=1, half=rank)
-        on = model(token_ids(9)).detach()
-        ll.save(model, Path(folder) / FILE)
-        again = base()
-        ll.load(again, Path(folder) / FILE)
-        torch.testing.assert_close(again(token_ids(9)).detach(), on, rtol=1e-4, atol=1e-5)
-        calls = {
-            "merge": lambda: ll.merge(model),
-            "export": lambda: ll.export_lora(model, Path(folder) / "lora"),
-            "attach": lambda: attach(model, "ia3"),
-            "detach": lambda: ll.detach(model),
-            "load": lambda: ll.load(model, Path(folder) / FILE, name="second"),
-            "nowhere": lambda: ll.save(model, Path(folder) / "none" / FILE),
-        }
-        for what, call in calls.items():
-            try:
-                call()
-            except ll.LoraLiteError as error:
-                said[what] = f"{type(error).__name__}: {error}"
-        flat = base()
-        attach(flat, "lora")
-        _fsdp1(flat)
+    said: dict[str, str] = {}
+    model = base()
+    frozen = model(token_ids(9)).detach()
+    attach(model, "lora", train_modules=("lm_head",))
+    shard(model)
+    train(model, trained(model), half=rank)
+    on = model(token_ids(9)).detach()
+    for _ in range(2):
+        with ll.disabled(model):
+            torch.testing.assert_close(model(token_ids(9)).detach(), frozen)
+        torch.testing.assert_close(model(token_ids(9)).detach(), on)
+    train(model, trained(model), steps=1, half=rank)
+    on = model(token_ids(9)).detach()
+    ll.save(model, Path(folder) / FILE)
+    again = base()
+    ll.load(again, Path(folder) / FILE)
+    torch.testing.assert_close(again(token_ids(9)).detach(), on, rtol=1e-4, atol=1e-5)
+    calls = {
+        "merge": lambda: ll.merge(model),
+        "export": lambda: ll.export_lora(model, Path(folder) / "lora"),
+        "attach": lambda: attach(model, "ia3"),
+        "detach": lambda: ll.detach(model),
+        "load": lambda: ll.load(model, Path(folder) / FILE, name="second"),
+        "nowhere": lambda: ll.save(model, Path(folder) / "none" / FILE),
+    }
+    for what, call in calls.items():
         try:
-            ll.save(flat, Path(folder) / "flat.safetensors")
-        except ll.ModelStateError as error:
-            said["flat"] = str(error)
-        torch.save(said, Path(folder) / f"said{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+            call()
+        except ll.LoraLiteError as error:
+            said[what] = f"{type(error).__name__}: {error}"
+    flat = base()
+    attach(flat, "lora")
+    _fsdp1(flat)
+    try:
+        ll.save(flat, Path(folder) / "flat.safetensors")
+    except ll.ModelStateError as error:
+        said["flat"] = str(error)
+    torch.save(said, Path(folder) / f"said{rank}.pt")
 
 
 class Vision(nn.Module):
@@ -235,12 +244,7 @@ def trained_kind(kind: str, name: str, half: int | None = None) -> tuple[nn.Modu
 
 def kinds(rank: int, folder: str) -> None:
     """Adapters on other kinds of layer, in shards."""
-    meet(rank, folder)
-    try:
-        for kind in KINDS:
-            for name in ("lora", "dora"):
-                model, _ = trained_kind(kind, name, rank)
-                ll.save(model, Path(folder) / f"{kind} {name}.safetensors")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    for kind in KINDS:
+        for name in ("lora", "dora"):
+            model, _ = trained_kind(kind, name, rank)
+            ll.save(model, Path(folder) / f"{kind} {name}.safetensors")

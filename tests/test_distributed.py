@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from .distributed import (
     heads,
     kinds,
     of_kind,
+    together,
     token_ids,
     train,
     trained,
@@ -31,10 +30,6 @@ from .distributed import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-
-
-def run(work: Callable[..., None], *given: Any) -> None:
-    torch.multiprocessing.start_processes(work, given, nprocs=2, start_method="spawn")
 
 
 def alone(name: str) -> torch.Tensor:
@@ -47,7 +42,7 @@ def alone(name: str) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp1", "fsdp2"])
 def test_every_variant_is_trained_as_by_one_process(wrap: str, tmp_path: Path) -> None:
-    run(each_variant, wrap, str(tmp_path))
+    together(each_variant, wrap, str(tmp_path))
     found = torch.load(tmp_path / "outputs.pt")
     assert [*found] == NAMES
     for name in NAMES:
@@ -69,7 +64,7 @@ def test_from_the_meta_device_through_shards(tmp_path: Path) -> None:
         train(model, trained(model), steps=2)
         adapter.save(tmp_path / f"{name}.safetensors")
         expected[f"{name} file"] = model(token_ids(9)).detach()
-    run(from_meta, str(tmp_path))
+    together(from_meta, str(tmp_path))
     found, refused = torch.load(tmp_path / "meta.pt")
     assert [*refused] == ["eva new"]
     assert "forbids the copy of its structure that a dry run needs" in refused["eva new"]
@@ -79,7 +74,7 @@ def test_from_the_meta_device_through_shards(tmp_path: Path) -> None:
 
 
 def test_heads_and_refusals_in_shards(tmp_path: Path) -> None:
-    run(heads, str(tmp_path))
+    together(heads, str(tmp_path))
     said = [torch.load(tmp_path / f"said{rank}.pt") for rank in range(2)]
     assert said[0].keys() == said[1].keys() == {"merge", "export", "attach", "detach", "load", "nowhere", "flat"}
     for what in ("merge", "export"):
@@ -101,7 +96,7 @@ def test_the_example_trains_saves_and_goes_on(variant: str, tmp_path: Path) -> N
     shown: list[list[float]] = []
     for more in (["--out", first], ["--resume", first, "--out", second, "--steps", "5"]):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
-        done = subprocess.run(
+        done = subprocess.together(
             [*map(str, command), "--variant", variant, *map(str, more)],
             capture_output=True,
             text=True,
@@ -119,7 +114,7 @@ def test_the_example_trains_saves_and_goes_on(variant: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 def test_other_kinds_of_layer_in_shards(tmp_path: Path) -> None:
-    run(kinds, str(tmp_path))
+    together(kinds, str(tmp_path))
     for kind in KINDS:
         for name in ("lora", "dora"):
             expected, _ = trained_kind(kind, name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 from lora_lite_core.testing import run_checks
 
+from .distributed import together
 from .models import net, token_ids
 
 FOLDER = Path(__file__).parent / "variants"
@@ -313,40 +314,33 @@ def test_copies_are_not_followed() -> None:
 
 def train_sharded(rank: int, name: str, folder: str) -> None:
     """One of two processes: the same batches in both, so that the mean of gradients is that of one process."""
-    import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    # They meet in a file: a server in one of the processes could be gone before the other one has ended.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        ll.register(FOLDER / f"{name}.py")
-        model = net()
-        ll.attach(model, config(name))
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        if name == "tied_lora":
-            with pytest.raises(
-                ll.ModelStateError, match=r"the Net itself is not, which holds lora_A_4x16, .* for several l"
-            ):
-                model(token_ids())
-        fully_shard(model, mesh=mesh)
-        optimizer = adamw(model)
-        ll.follow(model, optimizer)
-        losses = steps(model, optimizer, range(8))
-        whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in model.state_dict().items()}
-        if rank == 0:
-            torch.save((losses, whole), Path(folder) / "out.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    ll.register(FOLDER / f"{name}.py")
+    model = net()
+    ll.attach(model, config(name))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    if name == "tied_lora":
+        with pytest.raises(
+            ll.ModelStateError, match=r"the Net itself is not, which holds lora_A_4x16, .* for several l"
+        ):
+            model(token_ids())
+    fully_shard(model, mesh=mesh)
+    optimizer = adamw(model)
+    ll.follow(model, optimizer)
+    losses = steps(model, optimizer, range(8))
+    whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in model.state_dict().items()}
+    if rank == 0:
+        torch.save((losses, whole), Path(folder) / "out.pt")
 
 
 @pytest.mark.parametrize(
     "name", ["adalora", "tied_lora", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:3])]
 )
 def test_sharded_over_two_processes_it_is_as_in_one(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(train_sharded, (name, str(tmp_path)), nprocs=2, start_method="spawn")
+    together(train_sharded, name, str(tmp_path))
     losses, whole = torch.load(tmp_path / "out.pt", weights_only=True)
     model = net()
     ll.attach(model, config(name))
