@@ -37,6 +37,10 @@ peft:
 trainer:
     tools/transformers_versions
 
+# exports and adapter files served by vLLM in an environment of its own: minutes, needs a package index
+serving:
+    uv run pytest -n0 -m serving
+
 # quantised bases on this machine, on CUDA where there is one
 bnb-smoke:
     uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py

@@ -83,9 +83,10 @@ from .discovery.registry import (
 from .files.adapter_file import AdapterFile as AdapterFile
 from .files.adapter_file import inspect as inspect
 from .files.load import load as load
-from .files.peft.as_lora import export_lora as export_lora
 from .files.peft.exporting import export_peft as export_peft
 from .files.peft.importing import import_peft as import_peft
+from .files.peft.serving.as_lora import export_lora as export_lora
+from .files.peft.serving.verifying import verify_export as verify_export
 from .files.save import save as save
 from .layers.four_bit_packing import prepare as prepare
 from .layers.kinds.embedding import project as project

@@ -148,7 +148,7 @@ def test_export(tmp_path: Path) -> None:
         opened = peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()
         torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=2e-5)
     both = CliRunner().invoke(cli.main, [*line, str(tmp_path / "x"), "--own-form", "--rank", "2"])
-    assert "--rank, --tol and --dtype are for a LoRA" in both.output
+    assert "--rank, --tol, --dtype, --served, --check and --verify are for a LoRA, not --own-form" in both.output
     wrong = CliRunner().invoke(cli.main, [line[0], line[1], "--base", str(tmp_path), "--to", str(tmp_path / "x")])
     assert wrong.exit_code == 1
     assert "cannot be loaded by transformers" in wrong.output

@@ -93,6 +93,7 @@ def test_what_servers_ask_for(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lora_lite_export.json",
     ]
 
 

@@ -65,7 +65,7 @@ def test_all_wheels(wheels: Path) -> None:
     names = {path.name.split("-")[0] for path in wheels.glob("*.whl")}
     assert names == {
         "lora_lite", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho", "lora_lite_peft", "lora_lite_svd",
-        "lora_lite_scale", "lora_lite_transformers",
+        "lora_lite_scale", "lora_lite_transformers", "lora_lite_vllm",
     }  # fmt: skip
     contents = run("python3", "-m", "zipfile", "-l", next(wheels.glob("lora_lite_bench-*.whl")), cwd=wheels).stdout
     for part in ("base_model/model.safetensors", "base_model/README.md", "base_model/tokenizer.json", "py.typed"):

@@ -21,7 +21,7 @@ import lora_lite as ll
 from lora_lite_core.attached.records import targets_of
 from lora_lite_core.files.peft import folder_writing as writing
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "lora_lite_export.json"
 EXPORTS: dict[str, Callable[..., Any]] = {"export_lora": ll.export_lora, "export_peft": ll.export_peft}
 
 
@@ -40,13 +40,15 @@ def seen(folder: Path) -> dict[str, str]:
 
 
 def rank_in(folder: Path) -> int | None:
-    """The rank by which both files go together, None where there is no adapter."""
+    """The rank by which the files go together, None where there is no adapter."""
     from safetensors.torch import load_file
 
     if not (folder / CONFIG).exists():
         return None
     rank = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["r"]
     assert load_file(folder / WEIGHTS)["base_model.model.a.lora_A.weight"].shape[0] == rank
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    assert report.get("rank", rank) == rank  # export_peft's says none
     return rank
 
 
@@ -67,7 +69,7 @@ def test_other_files_in_the_folder_stay(export: Callable[..., Any], tmp_path: Pa
     for rank in (2, 3):
         export(net(rank), tmp_path)
         assert rank_in(tmp_path) == rank
-        assert sorted(seen(tmp_path)) == [".adapter_notes.old", "README.md", CONFIG, WEIGHTS]
+        assert sorted(seen(tmp_path)) == [".adapter_notes.old", "README.md", CONFIG, WEIGHTS, REPORT]
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an adapter there"])
@@ -175,7 +177,7 @@ def number_of_steps(folder: Path) -> int:
 @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an adapter there"])
 def test_a_failure_at_any_step(there: bool, error: BaseException, tmp_path: Path) -> None:
     """As before or complete; the one with the config is complete, and the next export leaves nothing behind."""
-    for number in range(number_of_steps(tmp_path / "steps") + 4 * there):
+    for number in range(number_of_steps(tmp_path / "steps") + 6 * there):
         folder = tmp_path / f"{number}"
         if there:
             ll.export_lora(net(2), folder)
@@ -197,14 +199,14 @@ def test_a_failure_at_any_step(there: bool, error: BaseException, tmp_path: Path
             assert folder.exists() == there, number
         ll.export_lora(net(4), folder)
         assert rank_in(folder) == 4
-        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS], number
+        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS, REPORT], number
 
 
 def test_a_process_that_is_killed_at_any_step(tmp_path: Path) -> None:
     """What is left is one adapter or none, never a mixture; the next export makes it whole, one that fails brings back
     what was there."""
     model = net(3)
-    for number in range(number_of_steps(tmp_path / "steps") + 4):
+    for number in range(number_of_steps(tmp_path / "steps") + 6):
         folder = tmp_path / f"{number}"
         ll.export_lora(net(2), folder)
         if (child := os.fork()) == 0:
@@ -224,7 +226,7 @@ def test_a_process_that_is_killed_at_any_step(tmp_path: Path) -> None:
         assert rank_in(folder) in (2, 3), number
         ll.export_lora(model, folder)
         assert rank_in(folder) == 3
-        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS], number
+        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS, REPORT], number
 
 
 def test_two_exports_at_once(tmp_path: Path) -> None:
@@ -297,4 +299,4 @@ def test_the_files_can_be_read_by_whom_the_umask_says(export: Callable[..., Any]
     finally:
         os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
-    assert modes == {CONFIG: 0o640, WEIGHTS: 0o640}
+    assert modes == {CONFIG: 0o640, WEIGHTS: 0o640, REPORT: 0o640}

@@ -16,6 +16,7 @@ from ..discovery.entry_points import Entry, entries
 from ..discovery.listing import describe, list_variants
 from ..discovery.name_conflicts import COMMANDS, state_of
 from ..files.adapter_file import inspect as inspect_file
+from .exporting import export
 
 GROUP = "lora_lite.commands"
 
@@ -188,29 +189,7 @@ def new(name: str, folder: Path, author: str, like: str | None) -> None:
     click.echo(f"\nnext: cd {made}; pip install -e '.[test]'; pytest")
 
 
-@main.command()
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--base", required=True, help="Folder or name of the base model, as transformers loads it.")
-@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--rank", type=click.IntRange(1), help="Of the LoRA.  [default: the smallest that keeps --tol]")
-@click.option("--tol", default=1e-5, show_default=True, help="Largest relative error of a layer's change.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the factors: float32, float16, bfloat16.")
-@click.option("--own-form", is_flag=True, help="PEFT's own format of the method (DoRA, IA3, HRA …), not a LoRA.")
-def export(file: Path, base: str, directory: Path, rank: int | None, tol: float, dtype: str, own_form: bool) -> None:
-    """Write the adapter in FILE as a folder that PEFT, transformers, vLLM, SGLang and llama.cpp load."""
-    from ..files.load import load
-    from ..files.peft.as_lora import export_lora, load_base
-    from ..files.peft.exporting import export_peft
-
-    if own_form and (rank is not None or (tol, dtype) != (1e-5, "float32")):
-        raise click.UsageError("--rank, --tol and --dtype are for a LoRA; leave them out with --own-form")
-    model = load_base(base)
-    load(model, file, trainable=False)
-    if own_form:
-        export_peft(model, directory)
-        click.echo(f"written: {directory}")
-    else:
-        click.echo(export_lora(model, directory, tol=tol, rank=rank, dtype=dtype))
+main.add_command(export)
 
 
 def variant_at(subject: str) -> str:

@@ -72,7 +72,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
         tensors |= _trained(model, record, config, targets)
     own = {path: {key: made[key] for key in PER_LAYER if key in made} for path, made in fields.items()}
     check_read_back(model, config, own)
-    write_folder(folder, model, config, tensors)
+    write_folder(folder, model, config, tensors, {"variant": record.variant.name})
 
 
 def _trained(

@@ -17,6 +17,7 @@ from ..safetensors_reading import TensorFile, open_tensors
 from .config_json.fields import CONFIG, first_of
 
 WEIGHTS = "adapter_model.safetensors"
+REPORT = "lora_lite_export.json"  # what our own exports say beside; PEFT and servers do not look at it
 PREFIX = "base_model.model."
 MOST = 10_000_000  # bytes of a config
 

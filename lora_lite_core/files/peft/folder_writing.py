@@ -1,4 +1,4 @@
-"""Writing a folder in PEFT's layout: both files or neither, and never one adapter's config beside another's weights.
+"""Writing a folder in PEFT's layout: all files or none, and never one adapter's config beside another's weights.
 
 Everything is written beside its place and synced first. A folder that holds an adapter already loses its config before
 its weights are changed, and gets the new one last: whoever looks in between, or after a crash, finds no adapter. What
@@ -14,13 +14,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from importlib_metadata import version
 from torch import Tensor, nn
 
 from ...contract.errors import AdapterFileError, MergeError
 from ..safetensors_writing import write_tensors, write_whole
 from .config_json.fields import CONFIG
-from .folder_reading import PREFIX, WEIGHTS
+from .folder_reading import PREFIX, REPORT, WEIGHTS
 from .tensor_forms.for_all import TOP
+
+PARTS = (WEIGHTS, REPORT, CONFIG)  # in the order in which they come into their places
 
 try:
     import fcntl
@@ -36,17 +39,24 @@ def checked_folder(directory: str | os.PathLike[str]) -> Path:
             raise AdapterFileError(f"folder {folder.parent} does not exist; make it first")
         if folder.exists() and not folder.is_dir():
             raise AdapterFileError(f"{folder} is a file; give a folder")
-        if occupied := [part for part in (CONFIG, WEIGHTS) if (folder / part).is_dir()]:
+        if occupied := [part for part in PARTS if (folder / part).is_dir()]:
             raise AdapterFileError(f"{folder / occupied[0]} is a folder; a file is to be written there")
     return folder
 
 
-def write_folder(folder: Path, model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """`tensors` by module path and PEFT's own name. Raises AdapterFileError for all that the system refuses."""
+def write_folder(
+    folder: Path,
+    model: nn.Module,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    report: Mapping[str, Any],
+) -> None:
+    """`tensors` by module path and PEFT's own name; `report` is what the folder says of itself beside PEFT's files.
+    Raises AdapterFileError for all that the system refuses."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     common = {"base_model_name_or_path": str(base) if base else None, "task_type": None, "inference_mode": True}
     try:
-        text = json.dumps({**common, **fields}, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = _json({**common, **fields})
     except ValueError as error:
         raise MergeError(f"PEFT's config cannot hold infinity or NaN: {fields}") from error
     held = {key if key.startswith(TOP) else PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -57,7 +67,7 @@ def write_folder(folder: Path, model: nn.Module, fields: Mapping[str, Any], tens
             with _alone_in(folder):
                 _settle(folder)
                 try:
-                    _put(folder, text, held)
+                    _put(folder, text, held, _json({"core_version": version("lora-lite-core"), **report}))
                 finally:
                     with suppress(OSError):  # then the next export does it
                         _settle(folder)
@@ -79,14 +89,19 @@ def _typed(directory: object) -> Generator[None]:
         raise AdapterFileError(f"{directory} cannot be written: {why}") from error
 
 
-def _put(folder: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _put(folder: Path, text: str, tensors: Mapping[str, Tensor], report: str) -> None:
     new, old = _beside(folder, "new"), _beside(folder, "old")
     write_tensors(new[WEIGHTS], tensors, {"format": "pt"})
-    write_whole(new[CONFIG], [text.encode()])  # the second: see _settle
-    for part in (CONFIG, WEIGHTS):
+    write_whole(new[REPORT], [report.encode()])
+    write_whole(new[CONFIG], [text.encode()])  # the last: see _settle
+    for part in reversed(PARTS):
         with suppress(FileNotFoundError):
             os.replace(folder / part, old[part])
-    for part in (WEIGHTS, CONFIG):
+    for part in PARTS:
         os.replace(new[part], folder / part)
 
 
@@ -95,18 +110,19 @@ def _settle(folder: Path) -> None:
     place tells the one from the other. Can itself be cut off anywhere, and done again."""
     new, old = _beside(folder, "new"), _beside(folder, "old")
     if not (folder / CONFIG).is_file():
-        if new[CONFIG].is_file() and not new[WEIGHTS].is_file():  # these weights are the new ones
-            with suppress(FileNotFoundError):
-                os.replace(folder / WEIGHTS, new[WEIGHTS])
-        for part in (WEIGHTS, CONFIG):
+        for part in (REPORT, WEIGHTS):
+            if new[CONFIG].is_file() and not new[part].is_file():  # what is there is the new one
+                with suppress(FileNotFoundError):
+                    os.replace(folder / part, new[part])
+        for part in PARTS:
             if old[part].is_file():
                 os.replace(old[part], folder / part)
-    for path in (new[CONFIG], new[WEIGHTS], *old.values()):  # in this order, for the second condition
+    for path in (*reversed(new.values()), *old.values()):  # in this order, for the second condition
         path.unlink(missing_ok=True)
 
 
 def _beside(folder: Path, kind: str) -> dict[str, Path]:
-    return {part: folder / f".{part}.{kind}" for part in (WEIGHTS, CONFIG)}
+    return {part: folder / f".{part}.{kind}" for part in PARTS}
 
 
 @contextmanager

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...attached.model_checks import GATHER, check_not_sharded
-from ...attached.records import check_outside, record_of, targets_of
-from ...attached.targets.experts import single
-from ...contract.errors import ConfigError, MergeError, ModelStateError, listed
-from ...contract.target import Target
-from ...weights.probing import adapted_map, adapters_alone
-from .config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
-from .folder_writing import checked_folder, write_folder
-from .tensor_forms.forms import keys_of, written_form
-from .tensor_forms.tied_tokens import leaders
+from ....attached.model_checks import GATHER, check_not_sharded
+from ....attached.records import check_outside, record_of, targets_of
+from ....attached.targets.experts import single
+from ....contract.errors import ConfigError, MergeError
+from ....contract.target import Target
+from ....weights.probing import adapted_map, adapters_alone
+from ..config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
+from ..folder_writing import checked_folder, write_folder
+from ..tensor_forms.forms import keys_of, written_form
+from ..tensor_forms.tied_tokens import leaders
+from .check_prompt import check_prompt
+from .report import LayerLoss, LoRAExport
+from .served_names import served_model, served_names
 
 SHOWN_RANKS = (4, 8, 16, 32, 64, 128)
-
-
-@dataclass
-class LoRAExport:
-    """What `export_lora` has written: the rank of all layers, and each layer's relative error of the change ΔW."""
-
-    directory: Path
-    rank: int
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        worst = max(self.errors, key=self.errors.__getitem__)
-        return (
-            f"<LoRAExport: rank {self.rank}, {len(self.errors)} layers in {self.directory}, "
-            f"relative error of ΔW at most {self.errors[worst]:.1e} ({worst})>"
-        )
 
 
 def export_lora(
@@ -48,18 +33,26 @@ def export_lora(
     tol: float = 1e-5,
     rank: int | None = None,
     dtype: torch.dtype | str = torch.float32,
+    served: nn.Module | type[nn.Module] | str | None = None,
+    check: bool | Sequence[int] = False,
 ) -> LoRAExport:
     """Write the adapter as a LoRA that PEFT, transformers, vLLM, SGLang and llama.cpp load.
 
-    directory  a folder; its parent must exist. adapter_config.json and adapter_model.safetensors are written into it
+    directory  a folder; its parent must exist. adapter_config.json, adapter_model.safetensors and lora_lite_export.json
+               (what the returned LoRAExport says) are written into it
     tol        largest relative error ‖ΔW − B A‖ / ‖ΔW‖ of a layer; the smallest rank that keeps it is chosen
     rank       this rank instead, whatever the error (it is reported)
     dtype      of the factors: float32, float16 or bfloat16
+    served     the class that a server makes of the base (or its name in transformers, or such a model), where it is not
+               that of `model`: names are compared with it, and written as it has them
+    check      also write a check prompt: token ids and what greedy generation makes of them; True chooses the ids. The
+               model must be a causal language model. `verify_export` lets a server's engine generate the same
 
     ΔW is what the adapter adds to the layer's weight, found by probing, in float64. All layers get one rank, smaller
     ones are padded with zeros; the scale is folded in (lora_alpha = r). The model is not changed. Raises MergeError
-    when the change is not affine, shifts the bias, overflows, or has full rank while no rank is given (with the error
-    of some), AdapterFileError where the folder cannot be written: then it is as before.
+    when the change is not affine, shifts the bias, overflows, has full rank while no rank is given (with the error of
+    some), or is in layers that the served class lacks, ConfigError for arguments that make no sense, ModelStateError
+    where no prompt can be run, AdapterFileError where the folder cannot be written: then it is as before.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
@@ -70,52 +63,48 @@ def export_lora(
     check_not_sharded(model, GATHER)
     check_outside(model)
     refuse_whole_modules(record)
-    result = LoRAExport(checked_folder(directory), 0)
+    folder = checked_folder(directory)
     targets = leaders(targets_of(model, name))
-    fields = layout_fields(model, targets)
+    outer = model if served is None else served_model(served, model)
+    names = served_names(model, targets, outer) if served is not None else {path: path for path in targets}
+    fields = layout_fields(outer, {names[path]: target for path, target in targets.items()})
     singles = {path: single(target) for path, target in targets.items()}
     parts = {one.name: _change(target, one, name, tol) for t, target in targets.items() for one in singles[t]}
     size = rank or max(1, *(_needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
         own = {one.name: getattr(one.cfg, "r", 0) for each in singles.values() for one in each}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
-    factors: dict[str, dict[str, Tensor]] = {}
-    result.rank = size
-    for path, (U, S, Vh) in parts.items():
-        root = S[:size].sqrt()
-        A, B = (root[:, None] * Vh[:size]).to(cast), (U[:, :size] * root).to(cast)
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise MergeError(f"the factors of {path} do not fit {cast}: they overflow; give dtype='float32'")
-        off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
-        result.errors[path] = float(off / S.norm()) if S.any() else 0.0
-        pad = size - len(A)
-        padded = nn.functional.pad(A, (0, 0, 0, pad)), nn.functional.pad(B, (0, pad))
-        factors[path] = dict(zip(("lora_A.weight", "lora_B.weight"), padded, strict=True))
+    result = LoRAExport(folder, size, renamed={path: new for path, new in names.items() if path != new})
+    factors = {path: _written(path, part, size, tol, cast, result) for path, part in parts.items()}
     tensors: dict[str, Tensor] = {}
-    for path, key in keys_of(targets).items():
-        made = written_form(targets[path], [factors[one.name] for one in singles[path]])
-        tensors |= {f"{key}{name}": tensor for name, tensor in made.items()}
+    keys = keys_of({names[path]: target for path, target in targets.items()})
+    for path, target in targets.items():
+        made = written_form(target, [factors[one.name] for one in singles[path]])
+        tensors |= {f"{keys[names[path]]}{kind}": tensor for kind, tensor in made.items()}
     fields |= {"peft_type": "LORA", "r": size, "lora_alpha": size, "lora_dropout": 0.0, "bias": "none"}
-    check_read_back(model, fields, {path: {"r": size, "lora_alpha": size} for path in targets})
-    write_folder(result.directory, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors)
+    check_read_back(outer, fields, {names[path]: {"r": size, "lora_alpha": size} for path in targets})
+    if check is not False:
+        result.check = check_prompt(model, name, None if check is True else check)
+    report = {"variant": record.variant.name, **result.to_dict()}
+    write_folder(folder, model, {**fields, "use_rslora": False, "init_lora_weights": True}, tensors, report)
     return result
 
 
-def load_base(base: str) -> nn.Module:
-    """A model of the architecture that its config names, by transformers; ModelStateError where that cannot be."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelStateError("loading a base model takes transformers; type: pip install transformers") from error
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(base)
-        kind: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        model, report = kind.from_pretrained(base, dtype="auto", output_loading_info=True)
-    except Exception as error:  # whatever transformers, and what it uses, make of a folder
-        raise ModelStateError(f"--base {base} cannot be loaded by transformers: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelStateError(f"--base {base} lacks {listed(missing, 4)}, which would be random; give the whole model")
-    return model
+def _written(
+    path: str, part: tuple[Tensor, Tensor, Tensor], size: int, tol: float, cast: torch.dtype, result: LoRAExport
+) -> dict[str, Tensor]:
+    """The factors of one layer in the dtype that is written; what they lose goes into the report."""
+    U, S, Vh = part
+    root = S[:size].sqrt()
+    A, B = (root[:, None] * Vh[:size]).to(cast), (U[:, :size] * root).to(cast)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise MergeError(f"the factors of {path} do not fit {cast}: they overflow; give dtype='float32'")
+    off = torch.linalg.matrix_norm((U * S) @ Vh - B.double() @ A.double())
+    result.errors[path] = float(off / S.norm()) if S.any() else 0.0
+    result.layers[path] = LayerLoss(_needed(S, tol), size, result.errors[path])
+    pad = size - len(A)
+    padded = nn.functional.pad(A, (0, 0, 0, pad)), nn.functional.pad(B, (0, pad))
+    return dict(zip(("lora_A.weight", "lora_B.weight"), padded, strict=True))
 
 
 @torch.no_grad()
