@@ -23,7 +23,7 @@ def generate(base: str, folder: Path, prompt: Sequence[int], count: int) -> list
         lines = done.stderr.strip().splitlines()
         causes = [line for line in lines if "Error: " in line] or lines
         raise ll.ModelStateError(f"vLLM could not generate with {folder}\n  {causes[-1] if causes else 'no word'}")
-    return json.loads(done.stdout.rpartition(MARK)[2])
+    return json.loads(done.stdout.rpartition(MARK)[2].partition("\n")[0])
 
 
 def main(base: str, folder: str, prompt: list[int], count: int) -> None:
