@@ -14,10 +14,12 @@ from .attached.adapter import (
 from .attached.adapter import (
     detach as detach,
 )
-from .attached.adapter import (
-    disabled as disabled,
-)
 from .attached.model_hooks.calls import context as context
+from .attached.switching.choosing import activate as activate
+from .attached.switching.choosing import active as active
+from .attached.switching.choosing import disabled as disabled
+from .attached.switching.choosing import set_strength as set_strength
+from .attached.switching.choosing import strength as strength
 from .contract.config import AdapterConfig as AdapterConfig
 from .contract.config import LowRankConfig as LowRankConfig
 from .contract.config import RankConfig as RankConfig

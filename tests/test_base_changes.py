@@ -236,7 +236,9 @@ def test_copies_that_would_be_wrong_are_refused() -> None:
     ll.attach(model, ll.LoRAConfig(r=2, train_modules="lm_head"))
     with (
         ll.disabled(model),
-        pytest.raises(ll.ModelStateError, match="would keep the base's lm_head.weight in the place"),
+        pytest.raises(
+            ll.ModelStateError, match="would keep the wrong lm_head.weight in its place, which adapter 'default'"
+        ),
     ):
         copy.deepcopy(model)
     with ll.merged(model):

@@ -1,9 +1,8 @@
-"""attach, detach, disabled, adapters: named adapters on a model."""
+"""attach, detach, adapters: named adapters on a model."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..contract.config import AdapterConfig, RankConfig
+from ..contract.config import AdapterConfig
 from ..contract.errors import CalibrationError, ModelStateError
 from ..contract.target import Target
-from ..contract.text import count
 from ..layers.kinds.layer_kinds import layer_device
 from ..layers.shards import is_in_shards
-from .attach_detach import install, switch_off, switch_on, uninstall
+from .attach_detach import install, uninstall
 from .model_checks import (
     Reaction,
     check_attachable,
@@ -38,7 +36,6 @@ from .records import (
     check_one_owner,
     check_outside,
     names_of,
-    present_targets,
     record_of,
     records_of,
     targets_of,
@@ -139,26 +136,16 @@ class Adapter:
         """The tensors of modules that are trained whole, by full name."""
         if not self.record.whole:
             return {}
-        from .train_modules import current
+        from .targets.train_modules import current
 
         return current(self.model, self.record)
 
     def __repr__(self) -> str:
         if self.name not in records_of(self.model).adapters:
             return f"<Adapter '{self.name}': detached>"
-        record, present = self.record, present_targets(self.model, self.name)
-        targets = [target for target in present.values() if target is not None]
-        gone = f", {len(present) - len(targets)} of them replaced since" if len(targets) < len(present) else ""
-        tensors = [t for target in targets for t in target.params_on(target.layer).values()]
-        tensors += [] if gone else self._whole().values()
-        trained = sum(t.numel() for t in {*tensors} if isinstance(t, nn.Parameter) and t.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        ranks = sorted({target.cfg.r for target in targets if isinstance(target.cfg, RankConfig)})
-        rank = f", r={'–'.join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))}" if ranks else ""
-        return (
-            f"<Adapter '{self.name}': {record.variant.name}{rank}, {count(len(present), 'layer')}{gone}, "
-            f"{count(trained, 'trainable parameter')} ({trained / max(total, 1):.2%})>"
-        )
+        from .switching.shown import in_words
+
+        return in_words(self.model, self.name)
 
 
 def attach(
@@ -194,7 +181,7 @@ def attach(
     targets = find_targets(model, cfg, variant, name)
     whole: dict[str, Whole] = {}
     if cfg.train_modules:
-        from .train_modules import whole_copies
+        from .targets.train_modules import whole_copies
 
         whole = whole_copies(model, cfg)
     check_calibration(variant, calibration_data)
@@ -224,26 +211,18 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     uninstall(model, names)
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters on the model by name, in attach order."""
-    return {name: Adapter(model, name) for name in records_of(model).adapters}
+class Adapters(dict[str, Adapter]):
+    """The adapters on a model by name, in attach order. Printed, it is a table: what is active (its place in the order)
+    and how strong."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no adapters"
+        from .switching.shown import as_table
+
+        return as_table(next(iter(self.values())).model)
 
 
-@contextmanager
-def disabled(model: nn.Module, name: str | None = None) -> Generator[None]:
-    """Inside, the model computes without one adapter, or without all of them (None); for the whole process, so that
-    other threads see it, too. Blocks may nest and overlap: an adapter runs again when the last of its blocks is left.
-
-    Raises AdapterNameError when there is none.
-    """
-    names = names_of(model, name)
-    check_outside(model, "merged")
-    block = object()
-    try:
-        try:
-            switch_off(model, names, block, "disabled")
-            yield
-        finally:  # twice, so that an interrupt in the first is made good by the second
-            switch_on(model, names, block)
-    finally:
-        switch_on(model, names, block)
+def adapters(model: nn.Module) -> Adapters:
+    """The adapters on the model by name, in attach order; printed, a table of what is active and how strong."""
+    return Adapters({name: Adapter(model, name) for name in records_of(model).adapters})

@@ -22,7 +22,6 @@ from .records import (
     all_or_nothing,
     let_pack,
     present_targets,
-    record_of,
     records_of,
 )
 from .tensors.declared import take_fingerprint, weight_version
@@ -51,7 +50,7 @@ def install(
         fill_shards(model, name, values, calibration_data)
         return
     if any(other.whole for other in records_of(model).adapters.values()):
-        from .train_modules import check_untrained
+        from .targets.train_modules import check_untrained
 
         check_untrained(model, (*record.whole, *(target.name for target in targets)))
     unpacking = _unpacking(model)
@@ -79,33 +78,6 @@ def uninstall(model: nn.Module, names: Sequence[str]) -> None:
             _release(model)
 
 
-def switch_off(model: nn.Module, names: Sequence[str], block: object, kind: str) -> None:
-    """Have these adapters not run until `switch_on` with the same `block`; other blocks count on their own."""
-    for name in names:
-        record_of(model, name).blocks[block] = kind
-        _switch(model, name)
-
-
-def switch_on(model: nn.Module, names: Sequence[str], block: object) -> None:
-    """May be repeated, and without `switch_off` before."""
-    for name in [name for name in names if name in records_of(model).adapters]:
-        record_of(model, name).blocks.pop(block, None)
-        _switch(model, name)
-
-
-def _switch(model: nn.Module, name: str) -> None:
-    """Have the layers do what the record says. Whoever comes last, in whatever thread, sees the last state of it."""
-    record = record_of(model, name)
-    while True:
-        running = not record.blocks
-        for target in present_targets(model, name).values():
-            if target is not None:
-                target.enabled = running
-        _put_whole(model, record, trained=running)
-        if running == (not record.blocks):
-            return
-
-
 def take_off(model: nn.Module, name: str) -> None:
     """Hooks, tensors and record of one adapter. To be used inside an all_or_nothing block."""
     for target in present_targets(model, name).values():
@@ -117,7 +89,9 @@ def take_off(model: nn.Module, name: str) -> None:
         delattr(model, attribute)
     _put_whole(model, records.adapters[name], trained=False)
     left = {other: record for other, record in records.adapters.items() if other != name}
-    vars(model)[RECORDS] = replace(records, adapters=left)
+    chosen = None if records.chosen is None else tuple(one for one in records.chosen if one != name)
+    strengths = {other: strength for other, strength in records.strengths.items() if other != name}
+    vars(model)[RECORDS] = replace(records, adapters=left, chosen=chosen, strengths=strengths)
 
 
 def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Target], trainable: bool) -> None:
@@ -133,7 +107,8 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
         add_target(target)
     add_hooks(model, record, targets)
     records = records_of(model)
-    vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record})
+    chosen = None if records.chosen is None else (*records.chosen, name)
+    vars(model)[RECORDS] = replace(records, adapters={**records.adapters, name: record}, chosen=chosen)
     _freeze(model, record, first)
     made = [tensor for target in targets for tensor in target.params.values()]
     made += [whole.trained for whole in record.whole.values() if whole.trained is not None]
@@ -144,8 +119,8 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
 
 def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
     """What is trained whole in its places, or what the base has there. May be repeated."""
-    if record.whole:
-        from .train_modules import put_base, put_trained
+    if record.whole and record.in_place != trained:
+        from .targets.train_modules import put_base, put_trained
 
         reshard(model)
         (put_trained if trained else put_base)(model, record)

@@ -48,17 +48,15 @@ class Record:
     follower: object = None  # the hook of that optimizer
     reminded: bool = False  # of `follow`
     versions: int | None = None  # torch's count of writes to what is trained, at the last forward in training mode
-    blocks: dict[object, str] = field(default_factory=dict)  # "disabled" or "merged" for every with-block we are in
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is trained whole is where it belongs; the base's is there while it is not."""
+        return all(whole.trained is None and whole.shard is None for whole in self.whole.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: a copy is outside of the with-blocks that the original is in."""
-        if self.whole and self.blocks:
-            block = next(iter(self.blocks.values()))
-            raise ModelStateError(
-                f"a copy made inside `with {block}(model)` would keep the base's {next(iter(self.whole))} in the place "
-                "of the trained one; leave that block first"
-            )
-        return {**vars(self), "blocks": {}, "follower": None, "versions": None}
+        """For copies and pickles."""
+        return {**vars(self), "follower": None, "versions": None}
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,24 @@ class Records:
     unpacked: tuple[str, ...] = ()  # names of 4-bit layers whose packing flag was on
     handles: Mapping[str, Any] = field(default_factory=dict)  # by what the hook is for
     calls: Any = None  # what the model is called with (`Calls`), where an adapter asks for it
+    chosen: tuple[str, ...] | None = None  # the adapters that act for good, in their order; None: all, as attached
+    strengths: Mapping[str, Tensor] = field(default_factory=dict)  # of adapters that are scaled for good
+    blocks: list[Any] = field(default_factory=list)  # the with-blocks that we are in (`Block`), as entered; one list
+
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """The adapters that act outside of all with-blocks, in their order."""
+        return tuple(self.adapters) if self.chosen is None else self.chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a copy is outside of the with-blocks that the original is in."""
+        for name, record in self.adapters.items() if self.blocks else ():
+            if record.whole and record.in_place != (name in self.lasting):
+                raise ModelStateError(
+                    f"a copy made inside `with {self.blocks[-1].kind}(model)` would keep the wrong "
+                    f"{next(iter(record.whole))} in its place, which adapter '{name}' trains; leave that block first"
+                )
+        return {**vars(self), "blocks": []}
 
 
 def records_of(model: nn.Module) -> Records:
@@ -152,10 +168,10 @@ def let_pack(model: nn.Module, names: Sequence[str], flag: bool) -> None:
 
 
 def check_outside(model: nn.Module, *blocks: str) -> None:
-    """Raise ModelStateError inside one of these blocks ("disabled", "merged"; none given: both)."""
-    inside = [block for record in records_of(model).adapters.values() for block in record.blocks.values()]
-    for block in ("merged", "disabled"):
-        if block in inside and block in (blocks or inside):
+    """Raise ModelStateError inside one of these blocks ("disabled", "merged", "active", "strength", "routed"); none
+    given: any."""
+    for block in sorted({block.kind for block in records_of(model).blocks}, reverse=True):
+        if not blocks or block in blocks:
             raise ModelStateError(f"not inside `with {block}(model)`: leave that block first")
 
 

@@ -65,7 +65,8 @@ class Target:
     fingerprint: list[float] | None = None  # of the layer's weight, where the variant takes one
     base_version: int = -1  # torch's count of writes to the layer's weight when the adapter was put on
     ready: bool = True  # False from `attach` on the meta device until `initialize`
-    enabled: bool = True  # False inside disabled() and merged()
+    strength: Any = None  # a tensor with one number, or one a row of the batch; None: the adapter as it is
+    lasting_strength: Any = None  # the same outside of all with-blocks
     folded: bool = False  # True inside merged(): the layer's weight has the adapter in it
     placing: Placing | None = None  # while group_init runs
     calls: Any = None  # what the model is called with, for variants that ask for it
@@ -109,7 +110,7 @@ class Target:
             raise ModelStateError(
                 "a copy made inside `with merged(model)` would hold the merged weights for good; leave that block first"
             )
-        return {**vars(self), "enabled": True, "placing": None}
+        return {**vars(self), "strength": self.lasting_strength, "placing": None}
 
     def __repr__(self) -> str:
         return f"Target({self.name!r}, {self.d_in} → {self.d_out}, {self.cfg})"

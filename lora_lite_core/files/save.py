@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..attached.records import (
     Record,
-    check_outside,
     record_of,
     records_of,
     targets_of,
@@ -38,8 +37,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     record = record_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; call adapters(model)['{name}'].initialize() first")
-    if record.whole:
-        check_outside(model)  # the trained modules are not in their place there
     targets = targets_of(model, name)
     in_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
     in_shards = False
@@ -79,7 +76,7 @@ def contents(
         tensors |= {f"{layer_name}.{bare}": params[bare] for bare in target.saved}
         tensors |= {shared.key: params[bare] for bare, shared in target.shared.items() if shared.key}
     if record.whole:
-        from ..attached.train_modules import current
+        from ..attached.targets.train_modules import current
 
         tensors |= current(model, record)
     return {key: tensor.detach() for key, tensor in tensors.items()}, _metadata(model, record, targets)

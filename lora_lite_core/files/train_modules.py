@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..attached.train_modules import check_trainable, outermost, tensors_in
+from ..attached.targets.train_modules import check_trainable, outermost, tensors_in
 from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterFileError, did_you_mean, listed
 from .adapter_file import AdapterFile

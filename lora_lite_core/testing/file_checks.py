@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..attached.adapter import Adapter, adapters, detach, disabled
+from ..attached.adapter import Adapter, adapters, detach
+from ..attached.switching.choosing import disabled
 from ..contract.errors import BaseMismatch, LoraLiteError, MergeError
 from ..files.load import load
 from ..files.save import save

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attached.records import Record, names_of, record_of, records_of, targets_of
+from ..attached.switching.activity import acting_on
 from ..attached.targets.experts import single
 from ..attached.tensors.made import as_made, check_in_place
 from ..contract.errors import BrokenPlugin, ModelStateError
@@ -61,7 +62,7 @@ class _BeforeStep:
             return  # the optimizer skips this step
         for name in self.names:
             record = records_of(self.model).adapters.get(name)
-            if record is not None and record.follower is self and not record.blocks:
+            if record is not None and record.follower is self and name in acting_on(self.model).names:
                 _act(self.model, name, record)
                 record.step += 1
 
@@ -120,13 +121,14 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
 
         loss = task_loss + ll.penalty(model)
 
-    Adapters inside disabled(model) add nothing. Raises AdapterNameError.
+    Adapters that are not active add nothing. Raises AdapterNameError.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = torch.zeros((), device=device)
+    acting = acting_on(model).names
     for one in names_of(model, name):
         record = record_of(model, one)
-        if record.variant.penalty is None or record.blocks:
+        if record.variant.penalty is None or one not in acting:
             continue
         for target in targets_of(model, one).values():
             params = {

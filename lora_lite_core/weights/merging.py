@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..attached.attach_detach import switch_off, switch_on, uninstall
+from ..attached.attach_detach import uninstall
 from ..attached.records import all_or_nothing, names_of, present_targets, record_of, targets_of
-from ..attached.train_modules import current, place, put_trained, tensor_at
+from ..attached.switching.activity import Block, enter, leave, without
+from ..attached.targets.train_modules import current, place, tensor_at
 from ..contract.errors import ModelStateError
 from .folds import Fold, folds_of, put, put_back, writable
 
@@ -54,16 +55,14 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
     names = names_of(model, name)
     folds = folds_of(model, names, to_dense=False)
     kept = [dict(fold.layer._parameters) for fold in folds]
-    block, handles = object(), list[Any]()
+    block, handles = Block("merged", without(names, whole_stays=True)), list[Any]()
     try:
         try:
             handles.append(model.register_load_state_dict_pre_hook(_refuse_loading))
             for one in names:
                 for target in targets_of(model, one).values():
                     target.folded = True
-            switch_off(model, names, block, "merged")
-            for one in names:
-                put_trained(model, record_of(model, one))  # what was trained whole stays
+            enter(model, block)
             for fold in folds:
                 put(fold)
             yield
@@ -76,7 +75,7 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
 def _leave(
     model: nn.Module,
     names: Sequence[str],
-    block: object,
+    block: Block,
     folds: Sequence[Fold],
     kept: Sequence[dict[str, nn.Parameter | None]],
     handles: Sequence[Any],
@@ -90,7 +89,7 @@ def _leave(
         for target in present_targets(model, one).values():
             if target is not None:
                 target.folded = False
-    switch_on(model, names, block)
+    leave(model, block)
 
 
 def _refuse_loading(*_: Any) -> None:

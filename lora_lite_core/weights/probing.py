@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attached.layer_hooks.layer_state import targets_on
+from ..attached.layer_hooks.layer_state import blended, is_acting, targets_on
 from ..attached.tensors.declared import check_not_flat
 from ..contract.errors import MergeError, ModelStateError
 from ..contract.target import Target
@@ -132,8 +132,13 @@ def check_usable(name: str, target: Target, layer: nn.Module) -> None:
         check_not_flat(target)
     if not target.ready:
         raise ModelStateError(f"adapter '{target.adapter}' has no values yet; call initialize() or load(model, path)")
-    if not target.enabled:
-        raise ModelStateError(f"adapter '{target.adapter}' is switched off by disabled(model); leave that block first")
+    if not is_acting(target):
+        raise ModelStateError(
+            f"adapter '{target.adapter}' is not active; leave the block that switches it off, or type "
+            f"activate(model, '{target.adapter}')"
+        )
+    if target.strength is not None and target.strength.dim():
+        raise MergeError(f"adapter '{target.adapter}' has a strength for each row of a batch, which no weight can have")
     for bare, tensor in target.params_on(layer).items():
         if not tensor.isfinite().all():
             raise MergeError(
@@ -156,11 +161,13 @@ def _run(
     pairs = list(zip(targets, params, strict=True))
     for target, tensors in pairs:
         if target.variant.forward_input is not None:
-            x = target.variant.forward_input({**_given(twin, target, tensors), "x": x})
+            made = target.variant.forward_input({**_given(twin, target, tensors), "x": x})
+            x = made if target.strength is None else blended(x, made, target.strength, target)
     out: Tensor = base_forward(twin, x) if y is None else y
     for target, tensors in pairs:
         if target.variant.forward is not None:
-            out = target.variant.forward({**_given(twin, target, tensors), "x": x, "y": out})
+            made = target.variant.forward({**_given(twin, target, tensors), "x": x, "y": out})
+            out = made if target.strength is None else blended(out, made, target.strength, target)
     return out
 
 

@@ -16,8 +16,8 @@ from ..attached.layer_hooks.putting import add_target
 from ..attached.model_checks import check_not_sharded
 from ..attached.model_hooks.wanted import add_hooks
 from ..attached.records import RECORDS, Record, check_one_owner, check_outside, names_of, record_of, records_of
+from ..attached.targets.train_modules import put_base
 from ..attached.tensors.placing import remove_tensors
-from ..attached.train_modules import put_base
 from ..contract.errors import ModelStateError
 from ..contract.target import Target
 from ..layers.rollback import SAVING
@@ -110,10 +110,10 @@ def _remove_hooks(module: nn.Module, handles: Mapping[str, Any]) -> None:
 
 def _put(view: nn.Module, name: str, record: Record, targets: list[Target]) -> None:
     """Have an adapter whose tensors are on the view act there."""
-    record.blocks, record.follower, record.versions = {}, None, None
+    record.follower, record.versions = None, None
     order = {path: place for place, path in enumerate(record.layers)}
     for target in sorted(targets, key=lambda target: order[target.name]):
-        target.enabled, target.calls = True, None
+        target.calls = None
         add_target(target)
     add_hooks(view, record, targets)
     records = records_of(view)

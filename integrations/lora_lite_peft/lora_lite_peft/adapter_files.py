@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lora_lite_core import AdapterFileError, ModelStateError, adapters
 from lora_lite_core.attached.model_hooks.base_check import check_base
+from lora_lite_core.attached.targets.train_modules import tensor_at
 from lora_lite_core.attached.tensors.declared import specs_for
-from lora_lite_core.attached.train_modules import tensor_at
 from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain
 from lora_lite_core.files.adapter_file import FORMAT, FORMAT_VERSION, HEADER_TENSOR, header_fields, header_text

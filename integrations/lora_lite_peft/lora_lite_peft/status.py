@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_lite_core as ll
 from lora_lite_core import Target
-from lora_lite_core.attached.records import present_targets
+from lora_lite_core.attached.records import present_targets, records_of
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -41,14 +41,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def disable_adapters(self) -> bool:
-        blocks = [ll.adapters(self._at[0])[name].record.blocks.values() for name in self.targets]
-        return bool(blocks) and all("disabled" in kinds for kinds in blocks)
+        return any(block.kind == "disabled" for block in records_of(self._at[0]).blocks)
 
     @property
     def active_adapter(self) -> list[str]:
         """Of the model, as with PEFT's own: also on a layer that has another."""
-        on = ll.adapters(self._at[0])
-        return [name for name in self._at[2] if name in on and "inactive" not in on[name].record.blocks.values()]
+        return [name for name in records_of(self._at[0]).lasting if name in self._at[2]]
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 import lora_lite_core as ll
 from lora_lite_core import AdapterNameError, ModelStateError
-from lora_lite_core.attached.attach_detach import switch_off, switch_on
 from lora_lite_core.attached.records import all_or_nothing
+from lora_lite_core.attached.switching.activity import Block, enter, leave, without
 from lora_lite_core.contract.errors import listed
 
 from .adapter_files import restore, saved_tensors, state_of_adapter
@@ -22,7 +21,6 @@ from .attaching import check_ordinary, put_copy, put_on
 from .config import LoraLiteConfig
 from .status import AdaptedLayer, adapted_layers
 
-INACTIVE, DISABLED = "peft: inactive", "peft: disabled"  # what holds an adapter back; see the core's switch_off
 REFERENCE = "ref"  # the adapter that TRL adds to a model whose "default" is trained on
 
 
@@ -37,6 +35,7 @@ class LoraLiteModel(BaseTuner):
 
     _trained: dict[str, frozenset[str]]
     _merged: AbstractContextManager[None] | None = None  # the block that merge_adapter has entered
+    _off: Block | None = None  # and the one of disable_adapter_layers
 
     def inject_adapter(
         self,
@@ -63,7 +62,7 @@ class LoraLiteModel(BaseTuner):
             self._train(adapter_name, not config.inference_mode)
         else:
             self._train(adapter_name, False)
-            switch_off(model, [adapter_name], INACTIVE, "inactive")
+            self._switch()
         self._refresh()
 
     # --- which adapters act --------------------------------------------------------------------------------------
@@ -86,11 +85,15 @@ class LoraLiteModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         """Have no adapter act until `enable_adapter_layers`; flags of training stay as they are."""
-        switch_off(self.model, list(self.peft_config), DISABLED, "disabled")
+        if self._off is None:
+            self._off = Block("disabled", without(self.peft_config))
+            enter(self.model, self._off)
 
     def enable_adapter_layers(self) -> None:
         """Have the active adapters act again."""
-        switch_on(self.model, list(self.peft_config), DISABLED)
+        if self._off is not None:
+            leave(self.model, self._off)
+            self._off = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If it was the active one, another takes its place, and a warning says which. With the
@@ -107,10 +110,8 @@ class LoraLiteModel(BaseTuner):
 
     def _switch(self) -> None:
         """Have the model do what `active_adapters` says. May be repeated."""
-        for name in self.peft_config:
-            if name not in self.active_adapters:
-                switch_off(self.model, [name], INACTIVE, "inactive")
-        switch_on(self.model, self.active_adapters, INACTIVE)
+        there = ll.adapters(self.model)
+        ll.activate(self.model, *(name for name in self.active_adapters if name in there))
 
     def _known(self, given: str | Sequence[str]) -> list[str]:
         names = [given] if isinstance(given, str) else list(given)
@@ -139,7 +140,7 @@ class LoraLiteModel(BaseTuner):
             with all_or_nothing(self.model):
                 for name in [name for name in self.peft_config if name not in names]:
                     ll.detach(self.model, name)
-                switch_on(self.model, names, INACTIVE)
+                ll.activate(self.model, *names)
                 ll.merge(self.model, to_dense=to_dense)
         except BaseException:
             self._switch()
@@ -217,20 +218,9 @@ class LoraLiteModel(BaseTuner):
             raise ModelStateError(f"{given[0]}= is not supported by lora-lite; use set_adapter for the whole batch")
         yield
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoraLiteModel:
-        """All adapters are on while it is copied: what a module trained whole would otherwise not be in its place."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        try:
-            switch_on(self.model, list(self.peft_config), INACTIVE)
-            state = {key: copy.deepcopy(value, memo) for key, value in vars(self).items()}
-        finally:
-            self._switch()
-        new.__setstate__(state)
-        return new
-
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        super().__setstate__(dict(state))
+        """A copy is outside of what the original is in."""
+        super().__setstate__({**state, "_off": None})
         self._refresh()
         self._switch()
 

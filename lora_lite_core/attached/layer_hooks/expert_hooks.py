@@ -27,7 +27,7 @@ OPEN = "_lora_lite_open"  # on the module: the threads that are in its forward
 
 def before_experts(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     state, listeners = state_of(layer), vars(layer).get(LISTENERS, {})
-    on = tuple(target for target in state.targets if target.enabled) if state is not None else ()
+    on = state.acting if state is not None else ()
     used: dict[str, bool] = {}
     views: dict[str, Traced] = {}
     for part in dict.fromkeys((*(target.part for target in on), *listeners)):

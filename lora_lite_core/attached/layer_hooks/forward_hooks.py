@@ -20,8 +20,8 @@ def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if state is None or kwargs is None:  # taken off by another thread during this call
         return None
     x = args[0] if args else kwargs[state.x_name]
-    for target in state.targets:
-        if target.enabled and target.variant.forward_input is not None:
+    for target in state.acting:
+        if target.variant.forward_input is not None:
             x = run(target.variant.forward_input, "forward_input", layer, target, x, None)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, state.x_name: x})
 
@@ -40,8 +40,8 @@ def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any =
         )
     if state.kind == "convolution":
         return _convolve(state, layer, x, y)
-    for target in state.targets:
-        if target.enabled and target.variant.forward is not None:
+    for target in state.acting:
+        if target.variant.forward is not None:
             y = run(target.variant.forward, "forward", layer, target, x, y)
     return y
 
@@ -49,7 +49,7 @@ def after_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any =
 def _convolve(state: LayerState, layer: Any, image: Tensor, y: Tensor) -> Tensor:
     """The same of a convolution, which is a linear layer on the patches of its input. What an adapter changes in them
     is run through the weight on its own, so that no change leaves y bit for bit."""
-    targets = [target for target in state.targets if target.enabled]
+    targets = state.acting
     if not targets:
         return y
     contiguous = y.is_contiguous()
@@ -72,7 +72,7 @@ def _after_block(state: LayerState, layer: nn.Module, x: Tensor, output: Any) ->
     """The same of a block, which may return a tuple that begins with its hidden states."""
     several = isinstance(output, (tuple, list))
     y = output[0] if several else output
-    for target in state.targets:
-        if target.enabled and target.variant.forward is not None:
+    for target in state.acting:
+        if target.variant.forward is not None:
             y = run(target.variant.forward, "forward", layer, target, x, y)
     return type(output)((y, *output[1:])) if several else y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...contract.errors import BrokenPlugin, ModelStateError
@@ -22,6 +23,13 @@ class LayerState:
     targets: tuple[Target, ...] = ()
     handles: dict[str, Any] = field(default_factory=dict)
     kind: str = "linear"  # of a convolution one hook, on the output, does the work of both
+    acting: tuple[Target, ...] = ()  # those that act, in their order
+    lasting: tuple[Target, ...] = ()  # those that do outside of all with-blocks
+    rows: Any = None  # of the batch that each of them acts on; None: all
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a copy is outside of the with-blocks that the original is in."""
+        return {**vars(self), "acting": self.lasting, "rows": None}
 
 
 def state_of(layer: nn.Module) -> LayerState | None:
@@ -62,4 +70,29 @@ def run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: T
         raise BrokenPlugin(
             f"{kind} of variant '{target.variant.name}' returned {type(result).__name__}; return the new tensor"
         )
+    if target.strength is not None:
+        return blended(x if y is None else y, result, target.strength, target)
     return result
+
+
+def blended(before: Tensor, after: Tensor, strength: Tensor, target: Target) -> Tensor:
+    """before + strength · (after − before): `before` bit for bit at 0, and `after` at 1. One number, or one for each
+    row of the batch, of which the first dimension may hold several in sequence (beams, tokens of a flattened batch)."""
+    weight = strength.to(before.device, torch.float64 if before.dtype == torch.float64 else torch.float32)
+    if weight.dim():
+        times, rest = divmod(len(before), len(weight)) if len(weight) else (0, 1)
+        if rest:
+            raise ModelStateError(
+                f"adapter '{target.adapter}' has a strength for each of {len(weight)} rows, and {target.name} got "
+                f"{len(before)} in its first dimension; give one number, or as many as the batch has rows"
+            )
+        weight = weight.repeat_interleave(times).view(-1, *(1,) * (before.dim() - 1))
+    mixed = torch.lerp(before.to(weight.dtype), after.to(weight.dtype), weight).to(after.dtype)
+    return torch.where(weight == 0, before.to(after.dtype), mixed)
+
+
+def is_acting(target: Target) -> bool:
+    """Whether the adapter acts on its layer now."""
+    of = target.stack or target
+    state = state_of(of.layer)
+    return state is not None and of in state.acting

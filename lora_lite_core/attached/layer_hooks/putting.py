@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -46,9 +47,28 @@ def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
         delattr(layer, STATE)
         return
     x_name = state.x_name if state else input_name(layer)
-    setattr(layer, STATE, LayerState(x_name, targets, handles, kind))
+    fresh = tuple(target for target in targets if target not in (state.targets if state else ()))
+    acting, lasting = ((*filter(targets.__contains__, held), *fresh) for held in _held(state))
+    setattr(layer, STATE, LayerState(x_name, targets, handles, kind, acting, lasting))
     for side, handle in new.items():
         sides[side][0][handle.id] = sides[side][3]
+
+
+def _held(state: LayerState | None) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
+    return (state.acting, state.lasting) if state is not None else ((), ())
+
+
+def set_acting(layer: nn.Module, names: Sequence[str], lasting: Sequence[str], rows: Any) -> None:
+    """Have these adapters act on the layer, in this order and on these rows; `lasting`: those of a copy."""
+    state = state_of(layer)
+    if state is None:
+        return
+    on: dict[str, list[Target]] = {}
+    for target in state.targets:
+        on.setdefault(target.adapter, []).append(target)
+    now, then = (tuple(one for name in each for one in on.get(name, ())) for each in (names, lasting))
+    if (now, then) != (state.acting, state.lasting) or rows is not state.rows:
+        setattr(layer, STATE, replace(state, acting=now, lasting=then, rows=rows))
 
 
 def _sides(layer: nn.Module, kind: str) -> dict[str, tuple[Any, list[Any], tuple[str, ...], Any]]:

@@ -47,7 +47,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, variant: Variant, adapter
     head = _head(model)
     whole: list[str] = []
     if cfg.train_modules:
-        from ..train_modules import trained_paths
+        from .train_modules import trained_paths
 
         whole = trained_paths(model, cfg)
     allowed = {

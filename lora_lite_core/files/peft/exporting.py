@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...attached.model_checks import GATHER, check_not_sharded
 from ...attached.records import Record, check_outside, record_of, targets_of
 from ...attached.targets.experts import single
-from ...attached.train_modules import current
+from ...attached.targets.train_modules import current
 from ...contract.errors import MergeError
 from ...contract.target import Target
 from ...contract.variant import Hook

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....attached.adapter import disabled
+from ....attached.switching.choosing import disabled
 from ....contract.errors import ConfigError, ModelStateError
 from .report import CheckPrompt
 

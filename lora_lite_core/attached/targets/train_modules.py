@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract.config import AdapterConfig
-from ..contract.errors import ModelStateError, TargetError, closest, listed
-from ..layers.kinds.layer_kinds import is_sharded
-from ..layers.shards import copy_shard
-from .layer_hooks.layer_state import state_of
-from .records import Record, Whole, records_of
+from ...contract.config import AdapterConfig
+from ...contract.errors import ModelStateError, TargetError, closest, listed
+from ...layers.kinds.layer_kinds import is_sharded
+from ...layers.shards import copy_shard
+from ..layer_hooks.layer_state import state_of
+from ..records import Record, Whole, records_of
 
 
 def trained_paths(model: nn.Module, cfg: AdapterConfig) -> list[str]:
@@ -149,17 +149,26 @@ def tensor_at(model: nn.Module, name: str) -> Tensor | None:
 
 
 def current(model: nn.Module, record: Record) -> dict[str, Tensor]:
-    """The trained tensors by full name, outside of disabled(); ModelStateError when the user has removed one."""
-    found = {name: tensor_at(model, name) for name in record.whole}
+    """The trained tensors by full name, in their places or not; ModelStateError when the user has removed one, or when
+    it waits outside of a sharded place."""
+    if waiting := [name for name, whole in record.whole.items() if whole.shard is not None]:
+        raise ModelStateError(f"{waiting[0]} is in shards, and the base's is in its place; activate its adapter first")
+    held = record.whole.items()
+    found = {name: tensor_at(model, name) if whole.trained is None else whole.trained for name, whole in held}
     if gone := [name for name, tensor in found.items() if tensor is None]:
         raise ModelStateError(f"{listed(gone, 3)}, trained whole by an adapter, was removed from the model since")
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def check_untrained(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise TargetError when one of these tensors or layers is trained whole by another adapter."""
+    """Raise TargetError when one of these tensors or layers is trained whole by another adapter that acts: one head for
+    each task has its place while its adapter is active."""
+    acting = records_of(model).lasting
     for name in names:
         for other, record in records_of(model).adapters.items():
             inside = [key for key in record.whole if key.startswith(f"{name}.") and key != f"{name}.bias"]
-            if name in record.whole or inside:
-                raise TargetError(f"{name} is trained whole by adapter '{other}' already (its train_modules)")
+            if (name in record.whole and other in acting) or inside:
+                raise TargetError(
+                    f"{name} is trained whole by adapter '{other}' already (its train_modules)"
+                    + ("" if inside else "; for one of each, switch that one off first: activate(model)")
+                )
