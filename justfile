@@ -41,6 +41,10 @@ trainer:
 serving:
     uv run pytest -n0 -m serving
 
+# the scripts of docs/recipes.md, each in an environment of its own; `just recipes timm` runs one; needs a package index
+recipes *words:
+    tools/recipes {{words}}
+
 # quantised bases on this machine, on CUDA where there is one
 bnb-smoke:
     uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py

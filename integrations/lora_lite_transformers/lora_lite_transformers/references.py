@@ -1,4 +1,4 @@
-"""What a trainer asks of a model when it is made: that it may be trained, and a second one to compare it with."""
+"""What a trainer asks of a model when it is made: that it may be trained, all of it, and one to compare it with."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def accepted(model: Any) -> Generator[None]:
         yield
     finally:
         vars(model).pop(LOADED, None)
+
+
+def check_head(kind: type, model: nn.Module) -> None:
+    """ModelStateError for an adapter on the output embedding in one of TRL's trainers, which multiply by its weight
+    themselves: the adapter would neither act nor be trained."""
+    if not any(base.__module__.partition(".")[0] == "trl" for base in kind.__mro__):
+        return
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    names = [name for name, module in model.named_modules() if head is not None and module is head]
+    for name, adapter in adapters(model).items():
+        for path in names:
+            if path in adapter.targets:
+                raise ModelStateError(
+                    f"{kind.__name__} reads {path}.weight without calling the layer, so that adapter '{name}' on it "
+                    "would neither act nor be trained; leave it out of the adapter's layers, or train it whole: "
+                    f"train_modules=({path!r},)"
+                )
 
 
 class Reference:

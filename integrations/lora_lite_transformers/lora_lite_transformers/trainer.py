@@ -21,7 +21,7 @@ from lora_lite_core.contract.text import plain
 from lora_lite_core.layers.kinds.layer_kinds import is_sharded
 
 from .checkpoints import restore
-from .references import Reference, accepted
+from .references import Reference, accepted, check_head
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -44,7 +44,7 @@ class AdapterTrainer(Base):
 
     b_ratio  of `ll.param_groups`: the factor on the learning rate of the output side of low-rank products
 
-    Raises ModelStateError for a model without adapters.
+    Raises ModelStateError for a model without adapters, and for an adapter on the head in TRL's trainers.
     """
 
     b_ratio: float = 1.0
@@ -53,6 +53,8 @@ class AdapterTrainer(Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         model: Any = given.arguments.get("model", args[0] if args else None)
+        if isinstance(model, nn.Module):
+            check_head(type(self), model)
         reference = Reference(model, given) if isinstance(model, nn.Module) and adapters(model) else None
         with accepted(model), reference.making() if reference is not None else nullcontext():
             super().__init__(*given.args, **given.kwargs)
@@ -100,6 +102,19 @@ class AdapterTrainer(Base):
             super().create_optimizer(model)  # pyright: ignore[reportArgumentType]
         finally:
             self.optimizer_cls_and_kwargs = chosen
+        if own:
+            self._spare_vectors()
+
+    def _spare_vectors(self) -> None:
+        """In groups that another one has made (GaLore, sentence-transformers): no decay of gates and other vectors."""
+        groups = param_groups(self._adapted(), lr=self.args.learning_rate, weight_decay=1.0)
+        vectors = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+        optimizer: Any = self.optimizer
+        for group in list(optimizer.param_groups):
+            spared = [p for p in group["params"] if id(p) in vectors]
+            if spared and group.get("weight_decay"):
+                group["params"] = [p for p in group["params"] if id(p) not in vectors]
+                optimizer.add_param_group({**group, "params": spared, "weight_decay": 0.0})
 
     def _groups(self, model: nn.Module) -> Iterable[dict[str, Any]]:
         """Those of the adapters, and what the user has turned on beside them."""
@@ -196,7 +211,7 @@ def adapter_trainer(trainer: AnyTrainer) -> AnyTrainer:
         return trainer
     trainer.__class__ = type(kind.__name__, (AdapterTrainer, kind), {"__module__": kind.__module__})
     try:
-        trainer._adapted()  # pyright: ignore[reportAttributeAccessIssue]
+        check_head(kind, trainer._adapted())  # pyright: ignore[reportAttributeAccessIssue]
     except BaseException:
         trainer.__class__ = kind
         raise

@@ -347,6 +347,26 @@ def test_what_is_not_a_trainer_with_adapters(llama: Any, tmp_path: Path) -> None
     assert adapter_trainer(ours) is ours
 
 
+def test_groups_that_another_one_has_made(llama: Any, tmp_path: Path) -> None:
+    """As sentence-transformers' trainer makes them, of its loss, whose own parameters stay in them: gates are not decayed."""
+
+    class Grouped(AdaptedTrainer):
+        def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+            kind, fields = super().get_optimizer_cls_and_kwargs(args, model)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            return kind, {**fields, "optimizer_dict": [{"params": [*trained, of_the_loss], "weight_decay": 0.1}]}
+
+    of_the_loss = torch.nn.Parameter(torch.zeros(3))
+    model = llama()
+    ll.attach(model, ll.DoRAConfig(r=2))
+    optimizer = trainer(model, tmp_path, kind=Grouped, weight_decay=0.1).create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay.pop(id(of_the_loss)) == 0.1
+    tensors = {name: p for name, p in ll.adapters(model)["default"].named_tensors() if p.requires_grad}
+    assert decay == {id(p): 0.1 if p.ndim > 1 else 0.0 for p in tensors.values()}
+    assert set(decay.values()) == {0.0, 0.1}
+
+
 def test_an_optimizer_of_ones_own_is_followed(llama: Any, counted: Any, tmp_path: Path) -> None:
     model = llama()
     ll.attach(model, counted(target_names=("q_proj",)))

@@ -182,6 +182,37 @@ def test_grpo(variant: str, name: str, continued: bool, llama: Any, ids: Any, to
     check_checkpoint(tmp_path / "checkpoint-2", model, llama(), ids)
 
 
+@pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer", "GRPOTrainer"])
+def test_an_adapter_on_the_head_is_refused(name: str, llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL multiplies by the head's weight itself: the adapter would not act, and its B would stay zero."""
+    model = adapted(llama(), "lora", target_names=("q_proj", "lm_head"), exclude_names=())
+    grpo = name == "GRPOTrainer"
+    config = getattr(trl, name.replace("Trainer", "Config"))
+    arguments = config(str(tmp_path), **COMMON, **({"num_generations": 4} if grpo else {}))
+    more = {"reward_funcs": unlike} if grpo else {}
+    with pytest.raises(
+        ll.ModelStateError,
+        match=r"reads lm_head.weight without calling .* adapter 'default' .*train_modules=\('lm_head',\)",
+    ):
+        kind_of(name)(model, args=arguments, train_dataset=pairs(), processing_class=tokenizer, **more)
+
+
+def test_an_adapter_on_the_head_of_a_trainer_that_is_there(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(llama(), "lora", target_names=("lm_head",), exclude_names=())
+    trainer = sft(model, tmp_path, tokenizer, kind=trl.SFTTrainer)
+    with pytest.raises(ll.ModelStateError, match="reads lm_head.weight without calling"):
+        adapter_trainer(trainer)
+    assert type(trainer) is trl.SFTTrainer
+
+
+def test_a_head_that_is_trained_whole(llama: Any, ids: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(llama(), "lora", train_modules=("lm_head",))
+    before = model.lm_head.weight.clone()
+    sft(model, tmp_path, tokenizer).train()
+    assert not torch.equal(model.lm_head.weight, before)
+    check_checkpoint(tmp_path / "checkpoint-2", model, llama(), ids)
+
+
 def test_references_that_cannot_be(llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_USE_FSDP", "true")
