@@ -119,7 +119,7 @@ def _commit(model: nn.Module, name: str, record: Record, targets: Sequence[Targe
 
 def _put_whole(model: nn.Module, record: Record, *, trained: bool) -> None:
     """What is trained whole in its places, or what the base has there. May be repeated."""
-    if record.whole and record.in_place != trained:
+    if record.whole:
         from .targets.train_modules import put_base, put_trained
 
         reshard(model)

@@ -135,14 +135,13 @@ def leave(model: nn.Module, block: Block) -> None:
 
 def _put_whole(model: nn.Module, names: Sequence[str]) -> None:
     records = {name: record for name, record in records_of(model).adapters.items() if record.whole}
-    wrong = {name: record for name, record in records.items() if record.in_place != (name in names)}
-    if not wrong:
+    if not records:
         return
     from ..targets.train_modules import put_base, put_trained
 
     reshard(model)
     for act, wanted in ((put_base, False), (put_trained, True)):  # the base's first: two may have one place
-        for name, record in wrong.items():
+        for name, record in records.items():
             if (name in names) == wanted:
                 act(model, record)
 

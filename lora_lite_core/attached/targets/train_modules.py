@@ -98,6 +98,8 @@ def put_trained(model: nn.Module, record: Record) -> None:
             _shard(tensor_at(model, name)).copy_(whole.shard)
             whole.shard = None
             continue
+        if whole.trained is not None and is_sharded(tensor_at(model, name)):
+            raise ModelStateError(f"{name} was put in shards while its adapter was not active; activate it before")
         if whole.trained is not None and place(model, name, whole.trained) is not None:
             whole.trained = None
 
@@ -106,13 +108,14 @@ def put_base(model: nn.Module, record: Record) -> None:
     """The base's own tensors in their places, while the trained copies wait in the record. May be repeated."""
     for name, whole in record.whole.items():
         if is_sharded(held := tensor_at(model, name)):  # FSDP2 has taken the place: values change, not tensors
-            if whole.shard is None:
+            if whole.shard is None and whole.trained is None:
                 whole.shard = _shard(held).clone()
                 copy_shard(held.detach(), whole.base)
             continue
         if whole.trained is None:
             whole.trained = held
-        place(model, name, whole.base)
+        if held is whole.trained:  # and not that of another adapter
+            place(model, name, whole.base)
 
 
 def _shard(tensor: Any) -> Tensor:
