@@ -18,6 +18,7 @@ from .attached.model_hooks.calls import context as context
 from .attached.switching.choosing import activate as activate
 from .attached.switching.choosing import active as active
 from .attached.switching.choosing import disabled as disabled
+from .attached.switching.choosing import routed as routed
 from .attached.switching.choosing import set_strength as set_strength
 from .attached.switching.choosing import strength as strength
 from .contract.config import AdapterConfig as AdapterConfig

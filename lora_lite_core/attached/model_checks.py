@@ -27,12 +27,12 @@ GATHER = "save the adapter, which gathers it, and load base and adapter in one p
 ORDER = "the order is: load the base, attach, shard (FSDP2, DDP), compile"
 
 
-def check_attachable(model: nn.Module, *, in_shards: bool = False) -> None:
+def check_attachable(model: nn.Module, *blocks: str, in_shards: bool = False) -> None:
     """Raise ModelStateError when hooks put on now would be ignored or their gradients lost; `in_shards` for what is
-    done to an adapter that FSDP2 has sharded with the model."""
+    done to an adapter that FSDP2 has sharded with the model; `blocks`: the with-blocks in the way (none: all)."""
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"attach takes an nn.Module, not {type(model).__name__}")
-    check_outside(model)
+    check_outside(model, *blocks)
     if torch.is_inference_mode_enabled():
         raise ModelStateError("inside torch.inference_mode() adapters could not be trained; attach outside of it")
     for name, module in model.named_modules():

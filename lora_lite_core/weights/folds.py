@@ -21,7 +21,7 @@ from ..layers.kinds.experts import bias_name, keeps_transposed
 from ..layers.kinds.layer_kinds import is_conv1d, storage_of
 from ..layers.twins import twin_of
 from ..layers.weight_reading import base_forward
-from .probing import AffineMap, adapted_map, adapters_alone, listed_variants, refuse_block
+from .probing import READING, AffineMap, adapted_map, adapters_alone, listed_variants, refuse_block
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Fold:
 
 def folds_of(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
     check_not_sharded(model, GATHER)
-    check_attachable(model)
+    check_attachable(model, *READING)
     found = {path: target for one in names for path, target in targets_of(model, one).items()}
     owners = _owners(model)
     folds: dict[str, Fold] = {}

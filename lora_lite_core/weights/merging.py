@@ -9,26 +9,29 @@ from typing import Any
 from torch import nn
 
 from ..attached.attach_detach import uninstall
-from ..attached.records import all_or_nothing, names_of, present_targets, record_of, targets_of
-from ..attached.switching.activity import Block, enter, leave, without
+from ..attached.records import all_or_nothing, check_outside, names_of, present_targets, record_of, targets_of
+from ..attached.switching.activity import Block, acting_on, enter, leave, without
 from ..attached.targets.train_modules import current, place, tensor_at
-from ..contract.errors import ModelStateError
+from ..contract.errors import AdapterNameError, ModelStateError
 from .folds import Fold, folds_of, put, put_back, writable
 
 
 def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) -> None:
-    """Fold one adapter, or all of them (None), into the weights, and take it off: the model computes the same without.
+    """Fold one adapter, or all that are active (None), into the weights, and take it off: the model computes the same
+    without.
 
     to_dense  replace layers whose weight is quantised or computed by plain nn.Linear ones that hold the merged weight
 
     Works for every variant that is affine in x: the adapted layer is probed in float64 and rounded once, to the
-    weight's dtype. The weights become new parameters; a bias is added where the adapter shifts a layer without one. An
-    adapter is merged alone only where it is alone on its layers. All layers are computed before one is changed.
+    weight's dtype. The weights become new parameters; a bias is added where the adapter shifts a layer without one.
+    Others may stay where what they add does not depend on it, which is measured. All layers are computed before one is
+    changed.
 
     Raises MergeError for layers that are not dense (without to_dense), tied weights, adapters that are not affine (with
     the measured residual) or not finite; AdapterNameError; ModelStateError for compiled, sharded or meta models.
     """
-    names = names_of(model, name)
+    check_outside(model)
+    names = acting_names(model, name)
     folds = folds_of(model, names, to_dense)
     with all_or_nothing(model):
         trained = {key: tensor for one in names for key, tensor in current(model, record_of(model, one)).items()}
@@ -46,13 +49,13 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
 
 @contextmanager
 def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
-    """Inside, one adapter, or all of them (None), is folded into the weights and switched off, which makes forward
-    passes as fast as the base's; after it the model holds its own parameters again, which were never written. For the
-    whole process, as `disabled`; what is loaded or copied inside would be lost or wrong, and is refused.
+    """Inside, one adapter, or all that are active (None), is folded into the weights and switched off, which makes
+    forward passes as fast as the base's; after it the model holds its own parameters again, which were never written.
+    For the whole process, as `disabled`; what is loaded or copied inside would be lost or wrong, and is refused.
 
     Raises what `merge` does.
     """
-    names = names_of(model, name)
+    names = acting_names(model, name)
     folds = folds_of(model, names, to_dense=False)
     kept = [dict(fold.layer._parameters) for fold in folds]
     block, handles = Block("merged", without(names, whole_stays=True)), list[Any]()
@@ -70,6 +73,17 @@ def merged(model: nn.Module, name: str | None = None) -> Generator[None]:
             _leave(model, names, block, folds, kept, handles)
     finally:
         _leave(model, names, block, folds, kept, handles)
+
+
+def acting_names(model: nn.Module, name: str | None) -> list[str]:
+    """The one adapter, or for None all that are active; AdapterNameError where there is none."""
+    names = names_of(model, name)
+    if name is not None:
+        return names
+    acting = [*acting_on(model).names]
+    if not acting:
+        raise AdapterNameError(f"no adapter is active; type activate(model, '{names[0]}'), or give a name")
+    return acting
 
 
 def _leave(

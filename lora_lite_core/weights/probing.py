@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attached.layer_hooks.layer_state import blended, is_acting, targets_on
+from ..attached.layer_hooks.layer_state import blended, is_acting, state_of, targets_on
+from ..attached.targets.experts import single
 from ..attached.tensors.declared import check_not_flat
 from ..contract.errors import MergeError, ModelStateError
-from ..contract.target import Target
+from ..contract.target import Params, Target
 from ..layers.kinds.embedding import is_embedding
 from ..layers.kinds.layer_kinds import layer_device
 from ..layers.rollback import Modes
 from ..layers.twins import twin_of
 from ..layers.weight_reading import PROBE_ROWS, base_forward, bias_of, dense_weight
 
+READING = ("merged", "disabled", "routed")  # the with-blocks inside of which no adapter is merged or exported
 AFFINE_TOLERANCE = 1e-6  # relative; affine variants stay below 1e-12, a tanh of size 1e-3 shows as 2e-5
 
 
@@ -33,8 +36,9 @@ class AffineMap:
 
 
 @torch.no_grad()
-def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> AffineMap:
-    """The layer `name` with these adapters, run on a dense float64 twin of it.
+def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target], *, anywhere: bool = False) -> AffineMap:
+    """The layer `name` with these adapters, run on a dense float64 twin of it; `anywhere`: also of those that are not
+    active, and at other values of what is trained than they have.
 
     Raises MergeError when an adapter tensor or the result is not finite, and, with the measured residual, when the
     adapted layer is not affine in x; ModelStateError when an adapter is switched off or has no values yet.
@@ -53,7 +57,7 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target]) -> Affin
             )
     device = layer_device(layer)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    params = [_params(name, target, layer, device) for target in targets]
+    params = [_params(name, target, layer, device, anywhere) for target in targets]
     # As a decorator, so that no interrupt comes between the end of a with-block and its leaving.
     modes = Modes()
     try:
@@ -107,15 +111,46 @@ def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
 
 
 def adapters_alone(of: Target, adapters: Sequence[str]) -> tuple[Target, ...]:
-    """All targets of these adapters on the target's layer; MergeError when another adapter is on it, too."""
-    targets = tuple(target for target in targets_on(of.layer) if target.part == of.part)
-    others = [target.adapter for target in targets if target.adapter not in adapters]
+    """All targets of these adapters on the target's layer, in the order in which they act. Others on the layer may stay
+    where they and these add up, whatever values they will have; MergeError, with the measured interaction, where not.
+    """
+    state = state_of(of.layer)
+    held = [target for target in (state.acting if state else ()) if target.part == of.part]
+    held += [target for target in targets_on(of.layer) if target.part == of.part and target not in held]
+    ours = tuple(target for target in held if target.adapter in adapters)
+    others = tuple(target for target in held if target.adapter not in adapters)
     if others:
+        _check_independent(of, held, ours, others)
+    return ours
+
+
+@torch.no_grad()
+def _check_independent(of: Target, held: Sequence[Target], ours: Sequence[Target], others: Sequence[Target]) -> None:
+    """Ours add to what the others do, and the others do the same where ours are in the weight. Of fused experts the
+    first one is probed."""
+    first = {id(target): single(target)[0] if target.experts else target for target in held}
+    path, layer = first[id(of)].name, first[id(of)].layer
+    together = f"merge or export all of them together (name=None), or detach '{others[0].adapter}' first"
+    if is_embedding(layer):
+        raise MergeError(f"{of.name} carries adapter '{others[0].adapter}', too; {together}")
+    whole, one, two = (
+        adapted_map(path, layer, [first[id(target)] for target in targets], anywhere=True)
+        for targets in (held, ours, others)
+    )
+    on_merged = dense_twin(layer, one.weight.device)  # as the others will find it; some read the weight
+    on_merged.weight = nn.Parameter(one.weight, requires_grad=False)
+    on_merged.bias = nn.Parameter(one.bias, requires_grad=False)
+    rest = [replace(first[id(target)], seen=Params(first[id(target)].params)) for target in others]
+    then = adapted_map(path, on_merged, rest, anywhere=True)
+    size = float((whole.weight - one.base_weight).norm() + (whole.bias - one.base_bias).norm()) or 1.0
+    added = (whole.weight - one.weight - two.weight + one.base_weight, whole.bias - one.bias - two.bias + one.base_bias)
+    later = (whole.weight - then.weight, whole.bias - then.bias)
+    off = max(float(weight.norm() + bias.norm()) / size for weight, bias in (added, later))
+    if off > AFFINE_TOLERANCE:
         raise MergeError(
-            f"{of.name} carries adapter '{others[0]}', too, and what one adds depends on the other; "
-            "merge or export all of them together (name=None), or detach the other one first"
+            f"{of.name} carries adapter '{others[0].adapter}', too, and what one adds depends on the other ({off:.1e} "
+            f"of the change is their interaction); {together}"
         )
-    return targets
 
 
 def refuse_block(target: Target) -> None:
@@ -126,13 +161,13 @@ def refuse_block(target: Target) -> None:
         )
 
 
-def check_usable(name: str, target: Target, layer: nn.Module) -> None:
+def check_usable(name: str, target: Target, layer: nn.Module, *, anywhere: bool = False) -> None:
     """Raise ModelStateError for an adapter that has no values or is off, MergeError for one that is not finite."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         check_not_flat(target)
     if not target.ready:
         raise ModelStateError(f"adapter '{target.adapter}' has no values yet; call initialize() or load(model, path)")
-    if not is_acting(target):
+    if not anywhere and not is_acting(target):
         raise ModelStateError(
             f"adapter '{target.adapter}' is not active; leave the block that switches it off, or type "
             f"activate(model, '{target.adapter}')"
@@ -146,12 +181,17 @@ def check_usable(name: str, target: Target, layer: nn.Module) -> None:
             )
 
 
-def _params(name: str, target: Target, layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    check_usable(name, target, layer)
-    return {
-        bare: tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
-        for bare, tensor in target.params_on(layer).items()
-    }
+def _params(name: str, target: Target, layer: nn.Module, device: torch.device, anywhere: bool) -> dict[str, Tensor]:
+    check_usable(name, target, layer, anywhere=anywhere)
+    found: dict[str, Tensor] = {}
+    for bare, tensor in target.params_on(layer).items():
+        value = tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        if anywhere and value.is_floating_point() and isinstance(tensor, nn.Parameter):
+            seed = zlib.crc32(f"{target.adapter}.{bare}".encode())
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            value = value + 0.1 * noise.to(device)
+        found[bare] = value
+    return found
 
 
 def _run(

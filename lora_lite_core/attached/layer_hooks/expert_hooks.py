@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contract.errors import UnsupportedLayer
+from ...contract.errors import ModelStateError, UnsupportedLayer
 from ...layers.kinds.experts import bias_name
 from .expert_products import LISTENERS, Note, Traced, view_of
 from .expert_rows import Run
@@ -28,6 +28,11 @@ OPEN = "_lora_lite_open"  # on the module: the threads that are in its forward
 def before_experts(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     state, listeners = state_of(layer), vars(layer).get(LISTENERS, {})
     on = state.acting if state is not None else ()
+    if on and state is not None and state.rows is not None:
+        raise ModelStateError(
+            f"{on[0].name}: fused experts get rows of the whole batch by their routing, not by adapters; "
+            "inside routed, name adapters that are on other layers, or run the batch of each adapter apart"
+        )
     used: dict[str, bool] = {}
     views: dict[str, Traced] = {}
     for part in dict.fromkeys((*(target.part for target in on), *listeners)):

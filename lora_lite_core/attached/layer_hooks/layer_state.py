@@ -42,8 +42,10 @@ def targets_on(layer: nn.Module) -> tuple[Target, ...]:
     return state.targets if state else ()
 
 
-def run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: Tensor | None) -> Tensor:
-    """One hook of a variant on a layer, or on an expert (the target then says of which)."""
+def run(
+    hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
+    """One hook of a variant on a layer, or on an expert (the target then says of which); on these rows of a batch."""
     try:
         params = target.params_on(layer)
     except (AttributeError, KeyError):  # KeyError: of shared ones, and between two looks of torch
@@ -71,15 +73,17 @@ def run(hook: Hook, kind: str, layer: nn.Module, target: Target, x: Tensor, y: T
             f"{kind} of variant '{target.variant.name}' returned {type(result).__name__}; return the new tensor"
         )
     if target.strength is not None:
-        return blended(x if y is None else y, result, target.strength, target)
+        return blended(x if y is None else y, result, target.strength, target, rows)
     return result
 
 
-def blended(before: Tensor, after: Tensor, strength: Tensor, target: Target) -> Tensor:
+def blended(before: Tensor, after: Tensor, strength: Tensor, target: Target, rows: Tensor | None = None) -> Tensor:
     """before + strength · (after − before): `before` bit for bit at 0, and `after` at 1. One number, or one for each
     row of the batch, of which the first dimension may hold several in sequence (beams, tokens of a flattened batch)."""
     weight = strength.to(before.device, torch.float64 if before.dtype == torch.float64 else torch.float32)
-    if weight.dim():
+    if weight.dim() and rows is not None:
+        weight = weight[rows].view(-1, *(1,) * (before.dim() - 1))
+    elif weight.dim():
         times, rest = divmod(len(before), len(weight)) if len(weight) else (0, 1)
         if rest:
             raise ModelStateError(

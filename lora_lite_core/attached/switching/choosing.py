@@ -1,9 +1,9 @@
-"""activate, active, disabled, strength, set_strength: which adapters of a model act, in which order, and how strong."""
+"""Which adapters of a model act, in which order, how strong, and on which rows of a batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...contract.errors import AdapterNameError, ConfigError, ModelStateError
 from ..records import RECORDS, check_outside, names_of, record_of, records_of
-from .activity import inside, only, scaled, settle, sharing_a_place, without
+from .activity import inside, on_rows, only, scaled, settle, sharing_a_place, without
 
 Strength = float | Tensor
 
@@ -84,6 +84,39 @@ def set_strength(model: nn.Module, strengths: Mapping[str, Strength | None]) -> 
     kept = {name: value for name, value in records.strengths.items() if name not in strengths}
     vars(model)[RECORDS] = replace(records, strengths={**kept, **given})
     settle(model)
+
+
+@contextmanager
+def routed(model: nn.Module, names: Sequence[str | None]) -> Generator[None]:
+    """Inside, each row of a batch has the one adapter that is named for it, or none (None):
+
+        with routed(model, ["style", None, "detox"]):
+            model(**batch_of_three_rows)
+
+    In training and in generation (with beams, too, whose rows stand beside each other), for every variant and mixtures
+    of variants: each row as if it were run alone with its adapter. Rows of one adapter are run together; adapters of
+    one variant, config and size in one batched product where each has few rows. Strengths hold. For the whole process.
+
+    Raises AdapterNameError for unknown names, ConfigError for what is no list of names, ModelStateError for adapters
+    that train whole modules, and at the call, when the batch has another number of rows, or for fused experts.
+    """
+    if isinstance(names, str) or not names or not all(name is None or isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"routed: {names!r}; give a list with the name of an adapter, or None, for each row of the batch"
+        )
+    there = names_of(model, None)
+    for name in dict.fromkeys(name for name in names if name is not None):
+        if record_of(model, name).whole:
+            raise ModelStateError(
+                f"adapter '{name}' trains {next(iter(record_of(model, name).whole))} whole, which is one for the whole "
+                "batch; run the rows of each adapter apart, with active(model, …)"
+            )
+    check_outside(model, "merged")
+    from ..layer_hooks.batch_rows import BatchRows
+
+    rows = BatchRows(tuple(names))
+    with inside(model, "routed", on_rows([name for name in there if name in rows.rows], rows)):
+        yield
 
 
 def _checked(model: nn.Module, names: Iterable[str]) -> None:

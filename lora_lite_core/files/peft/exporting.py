@@ -18,7 +18,7 @@ from ...attached.targets.train_modules import current
 from ...contract.errors import MergeError
 from ...contract.target import Target
 from ...contract.variant import Hook
-from ...weights.probing import adapters_alone, check_usable
+from ...weights.probing import READING, adapters_alone, check_usable
 from ..train_modules import whole_and_single
 from .config_json.fields import PER_LAYER
 from .config_json.layout import check_endings, check_read_back, layout_fields
@@ -45,7 +45,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
             "a LoRA, merge(model) writes any into the weights"
         )
     check_not_sharded(model, GATHER)
-    check_outside(model)
+    check_outside(model, *READING)
     folder = checked_folder(directory)
     targets = leaders(targets_of(model, name))
     layout = layout_fields(model, targets)

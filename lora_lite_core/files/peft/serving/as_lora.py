@@ -13,7 +13,7 @@ from ....attached.records import check_outside, record_of, targets_of
 from ....attached.targets.experts import single
 from ....contract.errors import ConfigError, MergeError
 from ....contract.target import Target
-from ....weights.probing import adapted_map, adapters_alone
+from ....weights.probing import READING, adapted_map, adapters_alone
 from ..config_json.layout import check_read_back, dtype_of, layout_fields, refuse_whole_modules
 from ..folder_writing import checked_folder, write_folder
 from ..tensor_forms.forms import keys_of, written_form
@@ -61,7 +61,7 @@ def export_lora(
     cast = dtype_of(dtype)
     record = record_of(model, name)
     check_not_sharded(model, GATHER)
-    check_outside(model)
+    check_outside(model, *READING)
     refuse_whole_modules(record)
     folder = checked_folder(directory)
     targets = leaders(targets_of(model, name))
