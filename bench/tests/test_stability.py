@@ -12,7 +12,7 @@ import torch
 from lora_lite_bench.base import PACKAGED, encode, load_base, loss_of
 from lora_lite_bench.run import config_for
 from lora_lite_bench.speed import attach_ours
-from lora_lite_bench.tasks import Split, problem
+from lora_lite_bench.tasks.arithmetic import Split, problem
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 

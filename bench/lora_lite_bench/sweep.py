@@ -1,0 +1,81 @@
+"""Which runs are made: a sweep of learning rates by successive halving, then every seed at the best rate.
+
+Per method: every rate of the grid trains for a quarter of the steps on the first seed; of these the best third (two at
+least) train for half of the steps; the best of them, or the best `finalists`, train for all steps on every seed, and of
+several the one with the best mean validation score is reported. In the short runs best is the lowest validation loss.
+When the best of the grid is its first or last rate, the grid is continued on that side. No test score decides anything.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .methods import FROZEN
+from .run import Job, Result
+
+GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-8, 0))  # half-decades from 1e-4 to 0.32
+BEYOND = 4  # half-decades that a grid is continued at most
+QUARTER, HALF = 4, 2
+Round = list[Job]
+Plan = Generator[Round, Sequence[Result], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """rates: the grid; finalists: how many of them train on all seeds."""
+
+    rates: tuple[float, ...] = GRID
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    finalists: int = 1
+
+
+def plan(job: Job, settings: Settings, stated_lr: float | None = None) -> Plan:
+    """Yields rounds of jobs, and is sent their results in the same order.
+
+    stated_lr  a rate that needs no sweep: the user's, or the module's own (BENCH)
+    """
+    if job.method == FROZEN:
+        yield [replace(job, seed=settings.seeds[0], steps=0, lr=0.0)]
+        return
+    finalists = [stated_lr] if stated_lr else (yield from _sweep(job, settings))
+    yield [replace(job, lr=lr, seed=seed, whole=True) for lr in finalists for seed in settings.seeds]
+
+
+def _sweep(job: Job, settings: Settings) -> Generator[Round, Sequence[Result], list[float]]:
+    short = replace(job, seed=settings.seeds[0], whole=False)
+    losses: dict[float, float] = {}
+    rates = list(settings.rates)
+    while rates:
+        results = yield [replace(short, lr=lr, steps=max(1, job.steps // QUARTER)) for lr in rates]
+        losses |= {lr: loss_of(result) for lr, result in zip(rates, results, strict=True)}
+        rates = [edge] if (edge := beyond(losses, settings.rates)) else []
+    best = sorted(losses, key=lambda lr: losses[lr])
+    kept = best[: max(2, math.ceil(len(settings.rates) / 3), settings.finalists)]
+    results = yield [replace(short, lr=lr, steps=max(1, job.steps // HALF)) for lr in kept]
+    longer = {lr: loss_of(result) for lr, result in zip(kept, results, strict=True)}
+    return sorted(kept, key=lambda lr: longer[lr])[: settings.finalists]
+
+
+def beyond(losses: Mapping[float, float], grid: Sequence[float]) -> float | None:
+    """The next rate outside of those tried when the best is at the edge; None when it is not, or far enough out."""
+    if len(losses) < 2 or len(losses) >= len(grid) + BEYOND:
+        return None
+    best = min(losses, key=lambda lr: losses[lr])
+    factor = {min(losses): 10**-0.5, max(losses): 10**0.5}.get(best)
+    return float(f"{best * factor:.2g}") if factor else None
+
+
+def loss_of(result: Result) -> float:
+    return math.inf if result.stopped else result.valid_loss
+
+
+def chosen(runs: Mapping[float, Sequence[Result]]) -> float:
+    """The rate with the best mean validation score of whole runs; of equals, the lowest loss."""
+
+    def rank(lr: float) -> tuple[float, float]:
+        return statistics.fmean(r.valid or 0.0 for r in runs[lr]), -statistics.fmean(r.valid_loss for r in runs[lr])
+
+    return max(runs, key=rank)
