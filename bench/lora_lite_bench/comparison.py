@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-import torch
 from rich.progress import Progress, TaskID
 
 import lora_lite_core as ll
@@ -53,7 +52,6 @@ class Comparison:
         """Run all that the file lacks, `count` jobs side by side; then measure costs alone, then, of a full comparison,
         run what has matched parameter counts. Returns why methods failed, by name. Raises LoraLiteError for what can be
         known to be wrong beforehand."""
-        quiet_threads = torch.get_num_threads()
         quiet()
         made = {name: self._task(name) for name in self.tasks}
         for name, task in made.items():
@@ -66,7 +64,6 @@ class Comparison:
             if self.size == "full":
                 matched = [job for job in jobs for job in self._matched(job, made[job.task])]
                 self._run(matched, file, submit, progress, "runs with matched parameters")
-        torch.set_num_threads(quiet_threads)
         self._measure(jobs, file, progress)
         return self.failures
 

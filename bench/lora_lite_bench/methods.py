@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,16 @@ def fitting(task: Task, method: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def smallest_side(task: Task, method: str, fields: dict[str, Any]) -> int:
     """Of the layers that the variant would be put on: the most that a rank can be."""
-    model, _ = task.load()
-    adapter = ll.attach(model, config_for(task, REFERENCE, {**_where(task, method, fields), "r": 1}))
-    return min(min(target.d_in, target.d_out) for target in adapter.layers().values())
-
-
-def _where(task: Task, method: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Which layers a variant's config selects, as fields of another's."""
     cfg = config_for(task, method, fields)
     names = ("target_names", "exclude_names", "target_roles", "layers", "train_modules")
-    return {name: getattr(cfg, name) for name in names}
+    return _smallest_side(task, tuple((name, getattr(cfg, name)) for name in names))
+
+
+@cache
+def _smallest_side(task: Task, selection: tuple[tuple[str, Any], ...]) -> int:
+    model, _ = task.load()
+    adapter = ll.attach(model, config_for(task, REFERENCE, {**dict(selection), "r": 1}))
+    return min(min(target.d_in, target.d_out) for target in adapter.layers().values())
 
 
 def parameters_of(task: Task, method: str, fields: dict[str, Any], calibration: Any = None) -> int:
@@ -97,8 +98,9 @@ def anchor_parameters(model: nn.Module, method: str, head: str) -> dict[str, nn.
     return trained
 
 
+@cache
 def source_hash(*paths: Path | None) -> str:
-    """Of the code that a result came from: another text of it makes another result."""
+    """Of the code that a result came from, as it was when the process first asked: other code is another result."""
     digest = hashlib.sha256()
     for path in filter(None, paths):
         digest.update(path.read_bytes())

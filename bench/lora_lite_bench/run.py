@@ -77,7 +77,7 @@ class Result:
     trainable: int = 0
     test: float | None = None
     valid: float | None = None
-    valid_loss: float = math.inf
+    valid_loss: float | None = None
     own: float | None = None
     file_bytes: int | None = None
     reload_error: float | None = None

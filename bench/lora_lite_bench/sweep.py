@@ -69,13 +69,13 @@ def beyond(losses: Mapping[float, float], grid: Sequence[float]) -> float | None
 
 
 def loss_of(result: Result) -> float:
-    return math.inf if result.stopped else result.valid_loss
+    return math.inf if result.valid_loss is None else result.valid_loss
 
 
 def chosen(runs: Mapping[float, Sequence[Result]]) -> float:
     """The rate with the best mean validation score of whole runs; of equals, the lowest loss."""
 
     def rank(lr: float) -> tuple[float, float]:
-        return statistics.fmean(r.valid or 0.0 for r in runs[lr]), -statistics.fmean(r.valid_loss for r in runs[lr])
+        return statistics.fmean(r.valid or 0.0 for r in runs[lr]), -statistics.fmean(map(loss_of, runs[lr]))
 
     return max(runs, key=rank)

@@ -12,7 +12,7 @@ from .methods import ANCHORS, FROZEN, MATCHED, REFERENCE
 from .noise import LEVEL, Interval, interval, paired, verdict
 from .results import Record
 from .run import Job, Result
-from .sweep import chosen
+from .sweep import chosen, loss_of
 
 HEADS = (
     "variant", "r", "test %", "matched r", "matched test %", "valid %", "rate", "trainable", "file kB", "MACs/token",
@@ -130,7 +130,7 @@ def _row(method: str, records: Sequence[Record]) -> Row:
                 of_rate.setdefault(job.lr, {})[job.seed] = outcome
                 steps = max(steps, job.steps)
             if column == "defaults" and not (job.whole and (job.lr, job.steps) in row.curve):
-                row.curve[job.lr, job.steps] = math.inf if outcome.stopped else outcome.valid_loss
+                row.curve[job.lr, job.steps] = loss_of(outcome)
         if of_rate:
             most = max(map(len, of_rate.values()))  # a rate with fewer seeds was not one that the sweep chose
             best = chosen({lr: list(runs.values()) for lr, runs in of_rate.items() if len(runs) == most})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,19 +28,14 @@ def rates(table: TaskTable) -> Figure | None:
     def draw(axes: Axes, row: Row) -> None:
         for other in rows:
             axes.plot(*zip(*curves[other.method], strict=True), color=FAINT, lw=0.8, zorder=1)
-        for steps in sorted({steps for _, steps in row.curve}):
+        for size, steps in enumerate(sorted({steps for _, steps in row.curve}), 1):
             points = _at(row, steps)
-            last = steps == max(steps for _, steps in row.curve)
-            axes.plot(*zip(*points, strict=True), "o-", color=colour(row), ms=5 if last else 3, lw=1.5, zorder=3)
-            axes.annotate(
-                f"{steps} steps",
-                points[-1],
-                (5, 0),
-                textcoords="offset points",
-                fontsize=8,
-                color=colour(row),
-                va="center",
+            axes.plot(
+                *zip(*points, strict=True), "o-", color=colour(row), ms=2 + 1.6 * size, lw=0.6 + 0.5 * size, zorder=3
             )
+            if row is rows[0]:
+                words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": colour(row)}
+                axes.annotate(f"{steps} steps", points[-1], (6, -3), **words)
         axes.axvline(row.main.lr, color=ACCENT, lw=1, ls=":", zorder=2)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -50,7 +46,8 @@ def rates(table: TaskTable) -> Figure | None:
     headline(
         figure,
         f"{table.task}: the best rates lie between {low:.2g} and {high:.2g}, so one rate for all would be unfair",
-        "First seed. Grey: the other methods' shortest runs. Short runs try all rates, the best go on to longer ones; "
+        "First seed. Grey: the other methods' shortest runs. Short runs (small dots) try all rates, the best go on to "
+        "longer ones (larger dots); "
         "dotted and beside the name: the rate that validation chose. Rates at which training fell apart have no point.",
         105,
     )

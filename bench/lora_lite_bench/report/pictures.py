@@ -80,6 +80,8 @@ def parameters(table: TaskTable) -> Figure | None:
     points = [(float(row.first.trainable), 100 * row.main.test.mean, row) for row in rows]
     front: list[tuple[float, float, Row]] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if point[2].method in ANCHORS:
+            continue
         if not front or point[1] > front[-1][1]:
             front.append(point)
     axes.step([x for x, _, _ in front], [y for _, y, _ in front], where="post", color=FAINT, lw=6, zorder=1)
@@ -95,7 +97,7 @@ def parameters(table: TaskTable) -> Figure | None:
     best = [row.method for _, _, row in front]
     headline(
         figure,
-        f"{table.task}: no method with fewer parameters scores higher than {_listed(best)}",
+        f"{table.task}: no variant with fewer parameters scores higher than {_listed(best)}",
         f"The grey steps are the Pareto front of mean scores; bars: {LEVEL:.0%} interval over seeds. "
         "Points whose bars reach the steps may belong to it.",
     )
@@ -152,9 +154,10 @@ def forgetting(table: TaskTable) -> Figure | None:
     axes.set_xlabel("forgotten of the base's own task, points (left is better)")
     axes.set_ylabel("test score, %")
     axes.margins(0.12)
-    name_points(axes, points)
     frozen = table.row(FROZEN)
     own = 100 * (frozen.first.own or 0.0) if frozen else 0.0
+    axes.set_xlim(min(0.0, *(x for x, _, _ in points)) - 3, 1.15 * own)
+    name_points(axes, points)
     least, most = min(x for x, _, _ in points), max(x for x, _, _ in points)
     says = (
         f"{table.task}: learning it costs between {least:.0f} and {most:.0f} of the {own:.0f} points "

@@ -73,6 +73,7 @@ class Shifted(TextTask):
     """
 
     summary: ClassVar[str] = "transforms: known arithmetic with an unseen number carried in"
+    SHORT: ClassVar[Mapping[str, Any]] = {**TextTask.SHORT, "gift": 20, "refund": 20}  # learned in fewer steps
 
     gift: int = GIFT
     refund: int = REFUND
