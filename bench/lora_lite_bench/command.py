@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_lite_core.cli import config_fields, variant_at
+from lora_lite_core.contract.errors import LoraLiteError
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -103,13 +104,15 @@ def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any
     from .results import ResultsFile, cores
 
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
-    file = ResultsFile(out)
     with Progress(*columns, console=console) as progress:
         try:
+            file = ResultsFile(out)
             return comparison.carry_out(file, jobs or cores(), progress)
         except KeyboardInterrupt:
             console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")
             return {}
+        except LoraLiteError as error:
+            raise click.ClickException(str(error)) from error
 
 
 def _show(comparison: Comparison, out: Path) -> None:
@@ -127,11 +130,11 @@ def _show(comparison: Comparison, out: Path) -> None:
     for table in made:
         for one in terminal_tables(table):
             wide.print(one)
-    console.print(f"{len(records)} lines in {out}", highlight=False)
+    click.echo(f"{len(records)} lines in {out}")
     if made:
         page = out.with_suffix(".html")
         write_page(page, records)
-        console.print(f"pictures: {page}", highlight=False)
+        click.echo(f"pictures: {page}")
 
 
 def _named(asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:

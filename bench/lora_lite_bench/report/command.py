@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from lora_lite_core.contract.errors import LoraLiteError
+
 OUT = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -38,7 +40,10 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
     from .page import write_page
     from .pictures import pictures
 
-    records = read(files)
+    try:
+        records = read(files)
+    except LoraLiteError as error:
+        raise click.ClickException(str(error)) from error
     made = tables(records)
     if not made:
         raise click.ClickException(f"no finished run in {', '.join(map(str, files))}; type: lora-lite bench")
