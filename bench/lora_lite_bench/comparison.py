@@ -139,5 +139,5 @@ def expected_steps(job: Job, settings: Settings, stated: float | None) -> int:
     whole = job.steps * len(settings.seeds)
     if stated:
         return whole
-    short = job.steps // 4 * (len(settings.rates) + 1) + job.steps // 2 * max(2, -(-len(settings.rates) // 3))
+    short = job.steps // 4 * (len(settings.rates) + 1) + job.steps // 2 * (len(settings.rates) // 2 + 2)
     return short + whole * settings.finalists

@@ -1,9 +1,10 @@
 """Which runs are made: a sweep of learning rates by successive halving, then every seed at the best rate.
 
-Per method: every rate of the grid trains for a quarter of the steps on the first seed; of these the best third (two at
-least) train for half of the steps; the best of them, or the best `finalists`, train for all steps on every seed, and of
-several the one with the best mean validation score is reported. In the short runs best is the lowest validation loss.
-When the best of the grid is its first or last rate, the grid is continued on that side. No test score decides anything.
+Per method: every rate of the grid trains for a quarter of the steps on the first seed; when the best is the first or
+last of the grid, the grid goes on on that side. The best half of the grid, and the rate below the best, train for half
+of the steps, and on down while the lowest is the best: longer runs want lower rates. The best of these, or the best
+`finalists`, train for all steps on every seed, and of several the one with the best mean validation score is reported.
+In the short runs best is the lowest validation loss. No test score decides anything.
 """
 
 from __future__ import annotations
@@ -53,10 +54,20 @@ def _sweep(job: Job, settings: Settings) -> Generator[Round, Sequence[Result], l
         losses |= {lr: loss_of(result) for lr, result in zip(rates, results, strict=True)}
         rates = [edge] if (edge := beyond(losses, settings.rates)) else []
     best = sorted(losses, key=lambda lr: losses[lr])
-    kept = best[: max(2, math.ceil(len(settings.rates) / 3), settings.finalists)]
-    results = yield [replace(short, lr=lr, steps=max(1, job.steps // HALF)) for lr in kept]
-    longer = {lr: loss_of(result) for lr, result in zip(kept, results, strict=True)}
-    return sorted(kept, key=lambda lr: longer[lr])[: settings.finalists]
+    rates = list(dict.fromkeys([*best[: max(2, len(settings.rates) // 2)], step(best[0], -1)]))
+    longer: dict[float, float] = {}
+    while rates:
+        results = yield [replace(short, lr=lr, steps=max(1, job.steps // HALF)) for lr in rates]
+        longer |= {lr: loss_of(result) for lr, result in zip(rates, results, strict=True)}
+        lowest = min(longer)
+        down = longer[lowest] == min(longer.values()) and len(longer) < len(settings.rates) + BEYOND
+        rates = [step(lowest, -1)] if down else []
+    return sorted(longer, key=lambda lr: longer[lr])[: settings.finalists]
+
+
+def step(lr: float, half_decades: int) -> float:
+    """The rate so many half-decades further on the grid, by its two digits."""
+    return float(f"{10 ** (round(2 * math.log10(lr) + half_decades) / 2):.2g}")
 
 
 def beyond(losses: Mapping[float, float], grid: Sequence[float]) -> float | None:
@@ -64,8 +75,8 @@ def beyond(losses: Mapping[float, float], grid: Sequence[float]) -> float | None
     if len(losses) < 2 or len(losses) >= len(grid) + BEYOND:
         return None
     best = min(losses, key=lambda lr: losses[lr])
-    factor = {min(losses): 10**-0.5, max(losses): 10**0.5}.get(best)
-    return float(f"{best * factor:.2g}") if factor else None
+    direction = {min(losses): -1, max(losses): 1}.get(best)
+    return step(best, direction) if direction else None
 
 
 def loss_of(result: Result) -> float:

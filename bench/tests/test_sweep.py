@@ -38,13 +38,14 @@ def test_halving() -> None:
     assert [(job.lr, job.steps, job.seed, job.whole) for job in quarter] == [
         (lr, 25, 5, False) for lr in SETTINGS.rates
     ]
-    assert [(job.lr, job.steps) for job in half] == [(3.2e-3, 50), (1e-3, 50)]
+    assert [(job.lr, job.steps) for job in half] == [(3.2e-3, 50), (1e-3, 50)], "the best half; below the best"
     assert [(job.lr, job.steps, job.seed, job.whole) for job in whole] == [(3.2e-3, 100, s, True) for s in (5, 6, 7)]
 
 
-def test_a_longer_run_overrules_a_shorter_one() -> None:
-    rounds = played(SETTINGS, lambda job: abs(math.log(job.lr / (3e-3 if job.steps == 25 else 1e-3))))
-    assert {job.lr for job in rounds[-1]} == {1e-3}
+def test_longer_runs_go_on_to_lower_rates() -> None:
+    rounds = played(SETTINGS, lambda job: abs(math.log(job.lr / (3e-3 if job.steps == 25 else 3e-4))))
+    assert [[job.lr for job in round_] for round_ in rounds[1:-1]] == [[3.2e-3, 1e-3], [3.2e-4], [1e-4]]
+    assert {job.lr for job in rounds[-1]} == {3.2e-4}
 
 
 def test_the_grid_goes_on_past_its_edge() -> None:
@@ -52,7 +53,8 @@ def test_the_grid_goes_on_past_its_edge() -> None:
     assert ([job.lr for job in second], [job.lr for job in third]) == ([3.2e-2], [1e-1])
     assert {job.lr for job in last} == {3.2e-2}
     down = played(SETTINGS, lambda job: job.lr)
-    assert [job.lr for round_ in down[1:5] for job in round_] == [3.2e-4, 1e-4, 3.2e-5, 1e-5], "no further than BEYOND"
+    tried = [job.lr for round_ in down for job in round_ if job.steps == 25]
+    assert tried == [*SETTINGS.rates, 3.2e-4, 1e-4, 3.2e-5, 1e-5], "no further than BEYOND"
     assert first[0].lr == 1e-3
 
 

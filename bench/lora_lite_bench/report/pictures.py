@@ -93,6 +93,7 @@ def parameters(table: TaskTable) -> Figure | None:
     axes.set_xlabel("trained parameters (log scale)")
     axes.set_ylabel("test score, %")
     axes.margins(0.1)
+    axes.set_ylim(-3, 103)
     name_points(axes, points)
     best = [row.method for _, _, row in front]
     headline(
