@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("variants", nargs=-1, metavar="[VARIANT|FILE.py]...")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all]")
 @click.option("--knob", "knobs", multiple=True, metavar="FIELD=VALUE", help="Of the tasks, as in --knob facts=512.")
-@click.option("--full", is_flag=True, help="All tasks, four times the steps, wider sweeps, matched parameter counts.")
+@click.option("--full", is_flag=True, help="All tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
 @click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
 @click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5; 2 with --quick]")

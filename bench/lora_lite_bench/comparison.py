@@ -54,10 +54,16 @@ class Comparison:
         known to be wrong beforehand."""
         quiet()
         made = {name: self._task(name) for name in self.tasks}
-        for name, task in made.items():
-            with_status = progress.add_task(f"{name}: getting its model ready", total=None)
-            task.prepare()
-            progress.remove_task(with_status)
+        for name, task in list(made.items()):
+            status = progress.add_task(f"{name}: getting its model ready", total=None)
+            try:
+                task.prepare()
+            except ll.LoraLiteError as error:  # of several tasks the others are still compared
+                if len(made) == 1:
+                    raise
+                self.failures[f"task {name}"] = str(error)
+                del made[name]
+            progress.remove_task(status)
         jobs = [job for name, task in made.items() for job in self._jobs(name, task)]
         with workers(count) as submit:
             self._run(jobs, file, submit, progress, "runs")

@@ -106,3 +106,24 @@ def test_what_is_wrong_with_a_task_is_said(site: Path) -> None:
 def test_knobs_that_a_task_refuses() -> None:
     with pytest.raises(TaskError, match="facts=1: from 2 to 512 can be told apart"):
         make_task("facts", {"facts": 1})
+
+
+def test_of_several_tasks_one_that_cannot_be_made_ready_does_not_end_the_others(
+    parity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    digits = __import__("lora_lite_bench.tasks.digits", fromlist=["_images"])
+    digits._images.cache_clear()
+    out = ["--out", str(parity / "r.jsonl")]
+    both = ["--task", "digits", "--task", "parity", "--quick", "--jobs", "1", "--lr", "0.01", "--no-anchors", *out]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sklearn.datasets", None)
+        alone = CliRunner().invoke(bench, ["ia3", "--task", "digits", "--quick", "--jobs", "1", *out])
+        done = CliRunner().invoke(bench, ["ia3", *both])
+    needs = "task 'digits' needs scikit-learn; type: pip install 'lora-lite-bench[digits]'"
+    assert alone.exit_code == 1
+    assert needs in alone.output
+    assert done.exit_code == 1
+    assert f"task digits failed: {needs}" in done.output
+    assert {record.job.task for record in read([parity / "r.jsonl"])} == {"parity"}

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from .cache import made
 from .interface import Batch, Split, Task
+from .lookup import TaskError
 
 MAKING = 300  # steps in which the base is made
 
@@ -72,7 +73,7 @@ def _images() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
-        raise RuntimeError("task 'digits' needs scikit-learn; type: pip install 'lora-lite-bench[digits]'") from error
+        raise TaskError("task 'digits' needs scikit-learn; type: pip install 'lora-lite-bench[digits]'") from error
     found: Any = load_digits()
     return torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
 

@@ -96,7 +96,7 @@ class Facts(TextTask):
     """
 
     summary: ClassVar[str] = "needs capacity: recall of random facts"
-    SHORT: ClassVar[Mapping[str, Any]] = {**TextTask.SHORT, "facts": 64, "batch_size": 32, "steps": 120}
+    SHORT: ClassVar[Mapping[str, Any]] = {**TextTask.SHORT, "facts": 64, "batch_size": 32, "steps": 200}
     QUICK: ClassVar[Mapping[str, Any]] = {**TextTask.QUICK, "facts": 16}
 
     facts: int = 256
