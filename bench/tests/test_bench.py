@@ -28,6 +28,12 @@ JOB = Job("shifted", SMALL, "pissa", {"r": 2}, seed=3, lr=5e-3, steps=8)
 TINY = ["--steps", "8", "--quick", "--jobs", "1", "--no-anchors", "--knob", "test_count=20", "--knob", "valid_count=10"]
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the page that the command writes: they take the most of its time."""
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
+
+
 def test_the_base_knows_its_task_and_not_the_shifted_one() -> None:
     model, tokenizer = load_base()
     own, shifted = (exact_match(model, tokenizer, problems(task, "test", 1000, seed=0)) for task in ("own", "shifted"))
@@ -161,6 +167,7 @@ def test_a_default_rank_is_cut_to_the_room_that_there_is() -> None:
     assert fitting(task, "lora", {}) == {}
 
 
+@pytest.mark.slow
 def test_matched_ranks_train_about_as_much() -> None:
     task = make_task("shifted", {})
     wanted = parameters_of(task, "lora", {})
@@ -198,7 +205,7 @@ def test_a_variant_that_forgets_a_tensor_is_caught(registered: Any, toy: SimpleN
         run(replace(JOB, method="toy", fields={}))
 
 
-def test_the_command_and_going_on(tmp_path: Path) -> None:
+def test_the_command_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "results.jsonl"
     arguments = ["ia3", *TINY, "--lr", "0.01", "--out", str(out), "--set", "layers=[0, 1]"]
     done = CliRunner().invoke(bench, arguments)
@@ -214,6 +221,7 @@ def test_the_command_and_going_on(tmp_path: Path) -> None:
 
     text = out.read_bytes()
     out.write_bytes(text + text[:100])  # killed in the middle of a line
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
     again = CliRunner().invoke(bench, arguments)
     assert again.exit_code == 0, again.output
     assert out.read_bytes() == text, "the half line is gone, and nothing was run again"
@@ -243,6 +251,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
         assert message in done.output, arguments
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_one_broken_variant_does_not_end_the_others(registered: Any, toy: SimpleNamespace, tmp_path: Path) -> None:
     toy.forward = ll.hookimpl(lambda y, params: y + params["lora_x"])
     registered(toy, name="toy")

@@ -21,24 +21,23 @@ SPECTRUM = {f"model.layers.{n}.mlp.up_proj": {"shift": [0.1, -0.2, 0.3], "angle"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up runs of five methods on two tasks."""
+    """Made-up runs of five methods."""
     path = tmp_path_factory.mktemp("results") / "r.jsonl"
     file, rng = ResultsFile(path), random.Random(0)
-    for task in ("shifted", "facts"):
-        for size, (method, mean) in enumerate(METHODS.items(), 1):
-            first = Job(task, {}, method, {}, 0, 0.01, 48, label=method)
-            file.append(first, Costs(100 * size, 10.0 * size, 2.0, 3.0, 1.5, 2.5, 0.1, 20.0 + size))
-            for lr, loss in ((1e-3, 3.0), (1e-2, 1.0), (1e-1, 2.0)):
-                short = Job(task, {}, method, {}, 0, lr, 12, whole=False, label=method)
-                file.append(short, Result(valid_loss=loss + size / 10, losses=[4.0, 3.0]))
-            for seed in range(3):
-                test = mean + rng.gauss(0, 0.02)
-                curve = [4 * 0.9**n * (1 + rng.random() / 9) for n in range(48)]
-                run = Result(trainable=100 * size, test=test, valid=test, valid_loss=0.9, own=0.1 * size, losses=curve)
-                run.spectrum = SPECTRUM if method == "antipasto" else {}
-                run.file_bytes, run.reload_error = 1000, 0.0
-                file.append(Job(task, {}, method, {}, seed, 0.01, 48, label=method), run)
-        file.append(Job(task, {}, FROZEN, {}, 0, 0.0, 0, label=FROZEN), Result(test=0.0, valid=0.0, own=0.99))
+    for size, (method, mean) in enumerate(METHODS.items(), 1):
+        first = Job("shifted", {}, method, {}, 0, 0.01, 48, label=method)
+        file.append(first, Costs(100 * size, 10.0 * size, 2.0, 3.0, 1.5, 2.5, 0.1, 20.0 + size))
+        for lr, loss in ((1e-3, 3.0), (1e-2, 1.0), (1e-1, 2.0)):
+            short = Job("shifted", {}, method, {}, 0, lr, 12, whole=False, label=method)
+            file.append(short, Result(valid_loss=loss + size / 10, losses=[4.0, 3.0]))
+        for seed in range(3):
+            test = mean + rng.gauss(0, 0.02)
+            curve = [4 * 0.9**n * (1 + rng.random() / 9) for n in range(48)]
+            run = Result(trainable=100 * size, test=test, valid=test, valid_loss=0.9, own=0.1 * size, losses=curve)
+            run.spectrum = SPECTRUM if method == "antipasto" else {}
+            run.file_bytes, run.reload_error = 1000, 0.0
+            file.append(Job("shifted", {}, method, {}, seed, 0.01, 48, label=method), run)
+    file.append(Job("shifted", {}, FROZEN, {}, 0, 0.0, 0, label=FROZEN), Result(test=0.0, valid=0.0, own=0.99))
     return path
 
 
@@ -80,15 +79,13 @@ def test_the_page_stands_alone(results: Path, tmp_path: Path) -> None:
     read = Page(written)
     assert read.open == [], "every tag is closed"
     assert len(set(read.ids)) == len(read.ids)
-    assert len(read.images) == 2 * 7
+    assert len(read.images) == 7
     assert all(image["alt"] and str(image["src"]).startswith("data:image/png;base64,iVBOR") for image in read.images)
     assert {"lora", "the reference", "dora", FULL, FROZEN} <= set(read.cells)
     names = ("scores", "parameters", "rates", "losses", "costs", "forgetting", "spectra")
-    assert sorted(path.name for path in png.iterdir()) == sorted(
-        f"{t}-{n}.png" for t in ("shifted", "facts") for n in names
-    )
+    assert sorted(path.name for path in png.iterdir()) == sorted(f"shifted-{n}.png" for n in names)
     table = text.read_text(encoding="utf-8")
-    assert table.count("| lora |") == 2
+    assert table.count("| lora |") == 1
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
