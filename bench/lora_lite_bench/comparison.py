@@ -21,9 +21,9 @@ from .tasks.lookup import task_class
 from .workers import drive, quiet, workers
 
 SIZES = {  # where a sweep begins; it goes on past the edges
-    "quick": Settings(rates=GRID[3:6]),
+    "quick": Settings(rates=GRID[4:6], beyond=0, finalists=1),
     "short": Settings(rates=GRID[3:7]),
-    "full": Settings(rates=GRID[2:], finalists=2),
+    "full": Settings(rates=GRID[2:], race=100),  # all seeds
 }
 
 
@@ -146,4 +146,5 @@ def expected_steps(job: Job, settings: Settings, stated: float | None) -> int:
     if stated:
         return whole
     short = job.steps // 4 * (len(settings.rates) + 1) + job.steps // 2 * (len(settings.rates) // 2 + 2)
-    return short + whole * settings.finalists
+    race = job.steps * min(settings.race, len(settings.seeds)) * (settings.finalists - 1)
+    return short + whole + race

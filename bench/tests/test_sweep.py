@@ -16,7 +16,7 @@ from lora_lite_bench.sweep import GRID, Settings, chosen, plan
 from lora_lite_bench.table import cells, tables
 
 JOB = Job("shifted", {}, "ia3", {}, seed=0, lr=0.0, steps=100)
-SETTINGS = Settings(rates=(1e-3, 3.2e-3, 1e-2), seeds=(5, 6, 7))
+SETTINGS = Settings(rates=(1e-3, 3.2e-3, 1e-2), seeds=(5, 6, 7), finalists=1)
 
 
 def played(
@@ -54,14 +54,20 @@ def test_the_grid_goes_on_past_its_edge() -> None:
     assert {job.lr for job in last} == {3.2e-2}
     down = played(SETTINGS, lambda job: job.lr)
     tried = [job.lr for round_ in down for job in round_ if job.steps == 25]
-    assert tried == [*SETTINGS.rates, 3.2e-4, 1e-4, 3.2e-5, 1e-5], "no further than BEYOND"
+    assert tried == [*SETTINGS.rates, 3.2e-4, 1e-4, 3.2e-5, 1e-5], "no further than `beyond`"
     assert first[0].lr == 1e-3
 
 
-def test_several_finalists_train_on_all_seeds_and_validation_chooses() -> None:
-    settings = Settings(rates=SETTINGS.rates, seeds=(0, 1), finalists=2)
-    last = played(settings, lambda job: abs(math.log(job.lr / 3e-3)))[-1]
-    assert [(job.lr, job.seed) for job in last] == [(3.2e-3, 0), (3.2e-3, 1), (1e-3, 0), (1e-3, 1)]
+def test_a_grid_that_is_not_continued() -> None:
+    rounds = played(Settings(rates=(1e-3, 1e-2), seeds=(0,), beyond=0, finalists=1), lambda job: job.lr)
+    assert [[job.lr for job in round_] for round_ in rounds] == [[1e-3, 1e-2], [1e-3, 1e-2], [1e-3]]
+
+
+def test_finalists_race_on_the_first_seeds_and_validation_chooses() -> None:
+    settings = Settings(rates=SETTINGS.rates, seeds=(0, 1, 2))
+    race, last = played(settings, lambda job: abs(math.log(job.lr / (3e-3 if job.steps < 100 else 1e-3))))[-2:]
+    assert [(job.lr, job.seed) for job in race] == [(3.2e-3, 0), (3.2e-3, 1), (1e-3, 0), (1e-3, 1)]
+    assert [(job.lr, job.seed, job.whole) for job in last] == [(1e-3, 0, True), (1e-3, 1, True), (1e-3, 2, True)]
     runs = {1e-3: [Result(valid=0.9, test=0.1)], 1e-2: [Result(valid=0.8, test=0.9)]}
     assert chosen(runs) == 1e-3, "whatever the test says"
 
