@@ -72,7 +72,7 @@ def test_inspect_file(tmp_path: Path) -> None:
     [
         (
             ("varants",),
-            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, export, inspect, new, speed, variants",
+            "no command is called 'varants'; did you mean 'variants'?\n  commands: bench, check, export, inspect, new, report, speed, variants",
         ),
         (("inspect", "lor"), "'lor' is neither a file nor an installed variant; did you mean 'lora'?"),
         (("inspect", "none.safetensors"), "none.safetensors cannot be read: No such file"),

@@ -20,17 +20,19 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from .tasks import WORDS, Problem, TaskName, problem, problems
+from .tasks.arithmetic import WORDS, Problem, TaskName, problem, problems
 
 PACKAGED = Path(__file__).parent / "base_model"
 PAD, EOS = "<pad>", "<eos>"
 QUESTION_WEIGHT = 0.01  # of a question's tokens in the loss, which no model can foresee
 
 
-def load_base(folder: Path = PACKAGED) -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    """A fresh copy of the model in float32 and eval mode, and its tokenizer, from a folder that transformers reads."""
+def load_base(
+    folder: Path | str = PACKAGED, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A fresh copy of the model in eval mode, and its tokenizer, from a folder (or name) that transformers reads."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
 
 

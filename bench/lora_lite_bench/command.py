@@ -2,105 +2,150 @@
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_lite_core.cli import config_fields, variant_at
+from lora_lite_core.contract.errors import LoraLiteError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    from .run import Plan, Result
+    from .comparison import Comparison
 
 
-@click.command(short_help="Train, save, reload and compare variants on a small language model.")
+@click.command(short_help="Train and compare variants on small tasks: paired seeds, swept rates, anchors.")
 @click.argument("variants", nargs=-1, metavar="[VARIANT|FILE.py]...")
-@click.option("--quick", is_flag=True, help="Few steps and problems: a check that all works, not a result.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the first run.")
-@click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Runs per variant.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all]")
+@click.option("--knob", "knobs", multiple=True, metavar="FIELD=VALUE", help="Of the tasks, as in --knob facts=512.")
+@click.option("--full", is_flag=True, help="All tasks, longer training, wider sweeps, matched parameter counts.")
+@click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
+@click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
+@click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5; 2 with --quick]")
 @click.option(
-    "--steps",
-    type=click.IntRange(10),
-    help="Training steps.  [default: 120, or a module's own: BENCH; 30 with --quick]",
+    "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"
 )
-@click.option("--lr", type=float, help="Learning rate for all.  [default: per variant; a module states its own: BENCH]")
+@click.option("--lr", type=float, help="Learning rate for all variants.  [default: a module's own: BENCH; else swept]")
+@click.option("--sweep", is_flag=True, help="Sweep for variants that state a rate of their own, too.")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
-@click.option("--out", default="results.jsonl", show_default=True, type=click.Path(path_type=Path), help="Appended to.")
-@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="The table as an SVG file, too.")
-@click.option("--base", type=click.Path(path_type=Path, file_okay=False), help="Folder of another base model.")
+@click.option("--anchors/--no-anchors", default=True, help="Frozen, full fine-tuning, head only.  [default: with them]")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Runs side by side.  [default: one a core; 1 keeps to this process]"
+)
+@click.option(
+    "--out",
+    default="results.jsonl",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Added to; what it has is not run again. The report is written beside it, as .html.",
+)
+@click.option("--base", help="Folder or name of another base model.")
 @click.option("--make-base", is_flag=True, help="Train the base model anew, into --base (default lora-lite-base).")
 def bench(
     variants: tuple[str, ...],
+    tasks: tuple[str, ...],
+    knobs: tuple[str, ...],
+    full: bool,
     quick: bool,
     seed: int,
-    seeds: int,
+    seeds: int | None,
     steps: int | None,
     lr: float | None,
+    sweep: bool,
     fields: tuple[str, ...],
+    anchors: bool,
+    jobs: int | None,
     out: Path,
-    picture: Path | None,
-    base: Path | None,
+    base: str | None,
     make_base: bool,
 ) -> None:
-    """Train VARIANTS (default: all installed; FILE.py runs a module's file) on a task that the base model cannot do.
+    """Train VARIANTS (default: all installed; FILE.py runs a module's file) on tasks that the base model cannot do.
 
-    Every variant is attached, trained, scored by exact match of generated answers, saved, reloaded onto a fresh base
-    and checked to give the same logits. Needs no network. Prints a table and appends one line per run to results.jsonl.
+    Every variant has its learning rate swept on the validation split (by successive halving), is trained on the same
+    batches for every seed, scored on the test split, saved, reloaded onto a fresh base and checked to compute the same.
+    Needs no network. Prints a table, adds one line per run to results.jsonl and writes the report results.html.
+    Stopped, the same command goes on where it was.
     """
-    import torch
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-    from transformers.utils import logging
 
-    from .run import QUICK, Plan
+    from .comparison import Comparison
+    from .tasks import task_names
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("highest")
-    console = Console()
-    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        if make_base:
-            _make_base(base or Path("lora-lite-base"), steps or 1500, seed, progress, console)
-            return
-        if base is not None and not (base / "config.json").is_file():
-            raise click.BadParameter(f"--base {base} holds no model (no config.json)")
-        for path in filter(None, (out, picture)):
-            if not path.parent.is_dir():
-                raise click.BadParameter(f"folder {path.parent} of {path} does not exist")
-        plan = QUICK if quick else Plan()
-        plan = replace(plan, lr=lr, steps=steps or plan.steps, own_steps=not (steps or quick), base=(base or plan.base))
-        results, failures = _run_all(
-            variant_names(variants), config_fields(fields), range(seed, seed + seeds), plan, progress, out
-        )
-    scores = _base_scores(plan)
-    wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
-    wide.print(_table(results, scores, plan))
-    if picture is not None:
-        _draw(_table(results, scores, plan), picture)
-    console.print(f"{len(results)} runs appended to {out}", highlight=False)
+    if make_base:
+        _make_base(Path(base or "lora-lite-base"), steps or 1500, seed)
+        return
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"folder {out.parent} of {out} does not exist")
+    if full and quick:
+        raise click.UsageError("--full and --quick: give one of them")
+    names, files = _named(variants)
+    comparison = Comparison(
+        tasks=tasks or (tuple(task_names()) if full else ("shifted",)),
+        knobs={**config_fields(knobs), **({"model": base} if base else {})},
+        methods=names,
+        files=files,
+        fields=config_fields(fields),
+        seeds=tuple(range(seed, seed + (seeds or (2 if quick else 5)))),
+        steps=steps,
+        lr=lr,
+        sweep=sweep or full,
+        anchors=anchors,
+        size="full" if full else "quick" if quick else "short",
+    )
+    failures = _carry_out(comparison, jobs, out, Console(stderr=True))
+    _show(comparison, out)
     if failures:
         raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
 
-def _draw(table: Table, path: Path) -> None:
-    """The table as a picture of a terminal, in the reader's own monospace font: rich would fetch one."""
+def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any) -> dict[str, str]:
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from .results import ResultsFile, cores
+
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
+    with Progress(*columns, console=console) as progress:
+        try:
+            file = ResultsFile(out)
+            return comparison.carry_out(file, jobs or cores(), progress)
+        except KeyboardInterrupt:
+            console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")
+            return {}
+        except LoraLiteError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _show(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
 
-    canvas = Console(record=True, width=200, file=io.StringIO(), color_system="truecolor")
-    canvas.width = canvas.measure(table).maximum
-    canvas.print(table)
-    drawn = re.sub(r"@font-face \{.*?\}", "", canvas.export_svg(title="lora-lite bench"), flags=re.S)
-    path.write_text(drawn.replace("Fira Code, ", ""), encoding="utf-8")
+    from .report.page import write_page
+    from .report.terminal import terminal_tables
+    from .results import read
+    from .table import tables
+
+    console = Console()
+    wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
+    records = read([out])
+    made = [table for table in tables(records) if table.task in comparison.tasks]
+    for table in made:
+        for one in terminal_tables(table):
+            wide.print(one)
+    click.echo(f"{len(records)} lines in {out}")
+    if made:
+        page = out.with_suffix(".html")
+        write_page(page, records)
+        click.echo(f"pictures: {page}")
+
+
+def _named(asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of what was asked for, and the files that some of them are in."""
+    names = variant_names(asked)
+    files = {
+        name: str(Path(one).resolve())
+        for one, name in zip(dict.fromkeys(asked), names, strict=False)
+        if one.endswith(".py")
+    }
+    return tuple(dict.fromkeys(names)), files
 
 
 def variant_names(asked: tuple[str, ...]) -> list[str]:
@@ -123,86 +168,13 @@ def _goes_without(name: str) -> bool:
     return "linear" in variant.layers
 
 
-def _make_base(folder: Path, steps: int, seed: int, progress: Progress, console: Console) -> None:
+def _make_base(folder: Path, steps: int, seed: int) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from . import base
 
-    scores = base.make_base(folder, steps=steps, seed=seed, progress=progress)
+    console = Console()
+    with Progress(console=Console(stderr=True)) as progress:
+        scores = base.make_base(folder, steps=steps, seed=seed, progress=progress)
     console.print(f"{folder}: {scores['own']:.1%} on its own task, {scores['shifted']:.1%} on the shifted one")
-
-
-def _run_all(
-    names: list[str], fields: dict[str, Any], seeds: range, plan: Plan, progress: Progress, out: Path
-) -> tuple[list[Result], dict[str, str]]:
-    import lora_lite_core as ll
-
-    from .run import config_for, plan_for, run
-
-    for name in names:  # a field that does not fit is said before anything is trained
-        try:
-            config_for(name, fields)
-        except ll.LoraLiteError as error:
-            raise click.ClickException(f"{name} failed: {error}") from error
-    results: list[Result] = []
-    failures: dict[str, str] = {}
-    overall = progress.add_task("runs", total=len(names) * len(seeds))
-    for name in names:
-        own = plan_for(name, plan)
-        for seed in seeds:
-            bar = progress.add_task(name, total=own.steps)
-            try:
-                result = run(
-                    name, fields, seed, own, lambda text, bar=bar: progress.update(bar, advance=1, description=text)
-                )
-            except Exception as error:  # one broken plugin must not end the comparison of the others
-                failures[name] = str(error) if isinstance(error, (ll.LoraLiteError, RuntimeError)) else repr(error)
-            else:
-                results.append(result)
-                with out.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(result)}) + "\n")
-            progress.update(overall, advance=1)
-    return results, failures
-
-
-def _base_scores(plan: Plan) -> dict[str, float]:
-    from .base import exact_match, load_base
-    from .tasks import problems
-
-    model, tokenizer = load_base(plan.base)
-    own = exact_match(model, tokenizer, problems("own", "test", plan.test_problems, seed=0))
-    return {
-        "own": own,
-        "shifted": exact_match(model, tokenizer, problems("shifted", "test", plan.test_problems, seed=0)),
-    }
-
-
-def _table(results: list[Result], base: dict[str, float], plan: Plan) -> Table:
-    from rich.table import Table
-
-    from .summary import rows
-
-    own = {r.variant: r.plan["steps"] for r in results if r.plan["steps"] != plan.steps}
-    others = "".join(f", {name} {steps}" for name, steps in own.items())
-    table = Table(
-        title=f"shifted task, {plan.steps} steps{others}; the base model scores {base['own']:.1%} on its own task "
-        f"and {base['shifted']:.1%} on this one",
-        caption=f"exact match of generated answers, {plan.test_problems} test problems; ± is one standard error",
-        title_style="bold",
-    )
-    heads = (
-        "variant",
-        "r",
-        "test %",
-        "valid %",
-        "trainable",
-        "MACs/token",
-        "fwd ms",
-        "bwd ms",
-        "init s",
-        "peak MB",
-        "reload error",
-    )
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*row)
-    return table

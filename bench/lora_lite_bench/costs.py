@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,33 +18,46 @@ import lora_lite_core as ll
 
 
 @torch.no_grad()
-def added_macs_per_token(model: nn.Module, tokens: int = 32) -> float:
-    """Multiply-accumulates of matrix products that the adapters add per token: the slope between `tokens` and twice as
-    many, so that costs per step do not count, minus the same with the adapters off. Elementwise work is not counted."""
+def added_macs_per_token(model: nn.Module, inputs: dict[str, Tensor]) -> float:
+    """Multiply-accumulates of matrix products that the adapters add per token, a row that an adapted layer sees: the
+    difference between one example and two, so that costs per step do not count, minus the same with the adapters off.
+    Elementwise work is not counted. `inputs` are of two examples or more, all of one length."""
+    model.eval()
+    rows: list[int] = []
+    layers = [target.layer for target in ll.adapters(model)["default"].layers().values()]
+    watch = [
+        layer.register_forward_pre_hook(lambda layer, args: rows.append(args[0][..., 0].numel())) for layer in layers
+    ]
 
     def macs(count: int) -> float:
-        ids = torch.zeros(1, count, dtype=torch.long)
+        rows.clear()
         with FlopCounterMode(display=False) as counter:
-            model(input_ids=ids, use_cache=False)
+            model(**{name: tensor[:count] for name, tensor in inputs.items()})
         return counter.get_total_flops() / 2
 
-    adapted = macs(2 * tokens) - macs(tokens)
-    with ll.disabled(model):
-        frozen = macs(2 * tokens) - macs(tokens)
+    try:
+        adapted = macs(2) - macs(1)
+        tokens = max(rows)
+        with ll.disabled(model):
+            frozen = macs(2) - macs(1)
+    finally:
+        for handle in watch:
+            handle.remove()
     return (adapted - frozen) / tokens
 
 
-def step_times(loss: Callable[[], Tensor], repeats: int = 12) -> tuple[float, float]:
-    """Median milliseconds of a forward and of a backward pass; the first two of the repeats do not count."""
-    forward, backward = [], []
+def step_times(losses: Sequence[Callable[[], Tensor]], repeats: int = 12) -> list[tuple[float, float]]:
+    """Median milliseconds of a forward and of a backward pass of each, in turn; the first two rounds do not count."""
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in losses]
     for _ in range(repeats):
-        start = time.perf_counter()
-        value = loss()
-        middle = time.perf_counter()
-        value.backward()
-        forward.append(middle - start)
-        backward.append(time.perf_counter() - middle)
-    return 1e3 * statistics.median(forward[2:]), 1e3 * statistics.median(backward[2:])
+        for loss, (forward, backward) in zip(losses, times, strict=True):
+            start = time.perf_counter()
+            value = loss()
+            middle = time.perf_counter()
+            value.backward()
+            forward.append(middle - start)
+            backward.append(time.perf_counter() - middle)
+    return [(1e3 * statistics.median(f[2:]), 1e3 * statistics.median(b[2:])) for f, b in times]
 
 
 class PeakMemory(TorchDispatchMode):

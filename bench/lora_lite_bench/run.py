@@ -1,202 +1,262 @@
-"""One run of the benchmark: attach a variant, train it on the shifted task, score it, save, reload, measure."""
+"""One run: put a method on the base, train it on a task, score it, save, reload, compare."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import platform
-import random
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from importlib_metadata import version
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import lora_lite_core as ll
 
-from .base import PACKAGED, encode, exact_match, load_base, loss_of, schedule
-from .costs import PeakMemory, added_macs_per_token, step_times
-from .tasks import problem, problems
+from .base import schedule
+from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
+from .tasks import Batch, Split, Task, make_task
+from .tasks.lookup import source_of
 
-# Learning rates for this small model: of those tried the best on the valid split, or the smaller of two within noise
-# (`lora-lite bench VARIANT --lr LR --seed 100`). Variants not listed get
-# what their module says (BENCH), or DEFAULT_LR.
-LEARNING_RATES = {
-    "antipasto": 4e-2,
-    "delora": 5e-3,
-    "dora": 1e-2,
-    "eva": 1e-2,
-    "hra": 2e-2,
-    "ia3": 4e-2,
-    "ia3_ff": 8e-2,
-    "lora": 1e-2,
-    "lora_xs": 1.6e-2,
-    "oft": 8e-3,
-    "pissa": 2.5e-3,
-    "road": 2e-2,
-    "ssvd": 1e-2,
-}
-DEFAULT_LR = 5e-3
-CONFIG_FIELDS: dict[str, dict[str, Any]] = {
-    "antipasto": {"r": 64},  # its default of 256 is for layers wider than these
-    "ia3_ff": {"target_names": ("down_proj",)},
-}
+CALIBRATION_BATCHES = 8
+HOPELESS = 3.0  # a run whose loss is not finite, or this many times its first, is stopped
+RELOAD_LIMIT = 1e-5  # largest difference of an output after save and load, in float32
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and on what a run trains."""
+class Job:
+    """What a run is made from, and nothing else: the same job gives the same numbers.
 
-    steps: int = 120  # or what the variant's module says, where own_steps
-    batch_size: int = 64
-    test_problems: int = 1000
-    valid_problems: int = 300
-    lr: float | None = None
-    own_steps: bool = False
-    base: Path = PACKAGED
+    method  a variant or one of the anchors; `file` is the module's, where it is one that was named by its path
+    steps   of this run; a run in which `whole` is true is scored on the test split, saved and reloaded, too
+    column  "defaults", or "matched": a rank was chosen for as many parameters as the reference's
+    label   what the tables call it: the method, with the fields that the user has set
+    """
 
+    task: str
+    knobs: dict[str, Any]
+    method: str
+    fields: dict[str, Any]
+    seed: int
+    lr: float
+    steps: int
+    whole: bool = True
+    column: str = "defaults"
+    label: str = ""
+    file: str = ""
 
-QUICK = Plan(steps=30, test_problems=200, valid_problems=100)
+    def make_task(self) -> Task:
+        return make_task(self.task, self.knobs)
+
+    def key(self) -> dict[str, Any]:
+        """What a result is found again by: the job, and the code of its task and its method."""
+        spec = asdict(self)
+        del spec["file"], spec["column"], spec["label"]
+        paths = [source_of(type(self.make_task()))]
+        if self.method not in ANCHORS:
+            paths.append(source_of(variant_of(self).Config))
+        return {**spec, "source": source_hash(*paths)}
 
 
 @dataclass
 class Result:
-    """One line of results.jsonl."""
+    """One line of the results file, less what every line has (see results.py)."""
 
-    variant: str
-    config: dict[str, Any]
-    seed: int
-    plan: dict[str, Any]
-    versions: dict[str, str]
-    layers: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
-    lr: float = 0.0
-    test: float = math.nan
-    test_error: float = math.nan
-    valid: float = math.nan
+    layers: int = 0
     trainable: int = 0
-    added_macs_per_token: float = math.nan
-    forward_ms: float = math.nan
-    backward_ms: float = math.nan
-    init_s: float = math.nan
-    train_s: float = math.nan
-    peak_mb: float = math.nan
-    file_bytes: int = 0
-    reload_error: float = math.nan
+    test: float | None = None
+    valid: float | None = None
+    valid_loss: float | None = None
+    own: float | None = None
+    file_bytes: int | None = None
+    reload_error: float | None = None
+    init_s: float = 0.0
+    train_s: float = 0.0
+    stopped: str = ""
     losses: list[float] = field(default_factory=list)
+    spectrum: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
-def config_for(variant: str, fields: dict[str, Any]) -> ll.AdapterConfig:
-    """The variant's own defaults, with the benchmark's few exceptions and the user's fields over them."""
-    return ll.LoraLiteConfig(variant=variant, **{**CONFIG_FIELDS.get(variant, {}), **fields})
+def variant_of(job: Job) -> Any:
+    """The variant of a job, whose file is run where it has not been in this process."""
+    if job.file and job.method not in _run_files:
+        _run_files.add(ll.register(job.file).name)
+    return ll.get_variant(job.method)
 
 
-def plan_for(variant: str, plan: Plan) -> Plan:
-    """The plan with the steps that the variant's module asks for, unless the user has said how many."""
-    return replace(plan, steps=int(ll.get_variant(variant).bench.get("steps", plan.steps))) if plan.own_steps else plan
+_run_files: set[str] = set()
 
 
-def run(variant: str, fields: dict[str, Any], seed: int, plan: Plan, advance: Callable[[str], None]) -> Result:
-    """Everything the table says of one variant. `advance` is called once a training step with a short status.
+_pristine = lru_cache(maxsize=1)(lambda task: task.load())
 
-    Raises RuntimeError when the base model was changed or the reloaded adapter computes something else.
+
+def fresh(task: Task) -> tuple[nn.Module, Any]:
+    """A copy of the task's model, which is read from disk once a process."""
+    model, processor = _pristine(task)
+    return copy.deepcopy(model), processor
+
+
+def run(job: Job, advance: Callable[[], None] = lambda: None) -> Result:
+    """Everything that the tables say of one run except what it costs. `advance` is called once a training step.
+
+    Raises RuntimeError when a variant has changed the base's weights, or computes something else after save and load.
     """
-    model, tokenizer = load_base(plan.base)
-    base_names = set(model.state_dict())
-    before = weights_hash(model, base_names)
-    cfg = config_for(variant, fields)
-    found = ll.get_variant(variant)
-    lr = plan.lr or LEARNING_RATES.get(variant) or found.bench.get("lr") or DEFAULT_LR
-    result = Result(
-        variant,
-        cfg.to_dict(),
-        seed,
-        {**asdict(plan), "base": str(plan.base)},
-        versions("lora-lite-core", "lora-lite-bench", "torch", "transformers", found.distribution),
-    )
-    result.lr, result.rank = lr, getattr(cfg, "r", None)
-    rng = random.Random(f"train {seed}")
-
-    def batch() -> dict[str, torch.Tensor]:
-        return encode(tokenizer, [problem("shifted", "train", rng) for _ in range(plan.batch_size)])
-
-    calibration = [labelled(batch()) for _ in range(8)]
-    start = time.perf_counter()
-    try:
-        adapter = ll.attach(model, cfg, seed=seed)
-    except ll.CalibrationError:  # this variant, so configured, needs data
-        start = time.perf_counter()
-        adapter = ll.attach(model, cfg, seed=seed, calibration_data=calibration)
-    result.init_s = time.perf_counter() - start
-    result.layers = len(adapter.targets)
-    parameters = list(adapter.parameters())
+    task, result = job.make_task(), Result()
+    model, processor = fresh(task)
+    torch.manual_seed(job.seed)  # of dropout
+    parameters = put(job, task, model, processor, result)
     result.trainable = sum(p.numel() for p in parameters)
-    result.added_macs_per_token = added_macs_per_token(model)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    scheduler = schedule(optimizer, plan.steps)
-    ll.follow(model, optimizer)
-
-    def step(data: dict[str, torch.Tensor]) -> float:
-        loss = loss_of(model, data)
-        (loss + ll.penalty(model)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
     start = time.perf_counter()
-    model.train()
-    for number in range(plan.steps):
-        data = batch()
-        if number == 0:
-            with PeakMemory() as memory:
-                result.losses.append(step(data))
-            result.peak_mb = memory.peak / 1e6
-        else:
-            result.losses.append(step(data))
-        scheduler.step()
-        advance(f"{variant}, loss {result.losses[-1]:.3f}")
+    if parameters:
+        _train(job, task, model, parameters, task.batches(processor, "train", job.seed), result, advance)
     result.train_s = time.perf_counter() - start
-    sample = batch()
-    result.forward_ms, result.backward_ms = step_times(lambda: loss_of(model, sample))
-    optimizer.zero_grad()
-
-    test = problems("shifted", "test", plan.test_problems, seed=0)
-    result.test = exact_match(model, tokenizer, test)
-    result.test_error = math.sqrt(result.test * (1 - result.test) / len(test))
-    result.valid = exact_match(model, tokenizer, problems("shifted", "valid", plan.valid_problems, seed=0))
-    if weights_hash(model, base_names) != before:
-        raise RuntimeError(f"variant '{variant}' has changed the base model's weights")
-    _round_trip(model, sample, result, plan)
+    if result.stopped:
+        return result
+    if job.method not in ANCHORS:
+        _check_base(job, model, _pristine(task)[0])
+    result.valid_loss = valid_loss(task, model, processor)
+    if job.whole:
+        result.valid = score(task, model, processor, "valid")
+        result.test, result.own = score(task, model, processor, "test"), score(task, model, processor, "own")
+        if job.method in ANCHORS:
+            trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            result.file_bytes = len(safetensors.torch.save(trained)) if trained else 0
+        else:
+            _round_trip(job, task, model, next(iter(task.batches(processor, "valid", 0))), result)
+            result.spectrum = dict(spectrum(ll.adapters(model)["default"]))
     return result
 
 
+def _check_base(job: Job, model: nn.Module, pristine: nn.Module) -> None:
+    """Apart from modules that are trained whole, which are copies under the names of the base's."""
+    names = set(pristine.state_dict()) - set(ll.adapters(model)["default"].record.whole)
+    if weights_hash(model, names) != weights_hash(pristine, names):
+        raise RuntimeError(f"variant '{job.method}' has changed the base model's weights")
+
+
+def put(job: Job, task: Task, model: nn.Module, processor: Any, result: Result) -> list[nn.Parameter]:
+    """The method on the model; what it trains."""
+    if job.method in ANCHORS:
+        return list(anchor_parameters(model, job.method, task.head()).values())
+    variant_of(job)
+    cfg = config_for(task, job.method, job.fields)
+    data = calibration(task, processor, job.seed)
+    start = time.perf_counter()
+    adapter = attach(model, cfg, job.seed, data)
+    result.init_s = time.perf_counter() - start
+    result.config, result.rank, result.layers = cfg.to_dict(), getattr(cfg, "r", None), len(adapter.targets)
+    return list(adapter.parameters())
+
+
+def calibration(task: Task, processor: Any, seed: int) -> list[dict[str, Any]]:
+    """As users give calibration data: what the model takes, with labels."""
+    batches = task.batches(processor, "train", seed)
+    return [task.inputs(next(batches)) for _ in range(CALIBRATION_BATCHES)]
+
+
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, batch)
+
+
+def _train(
+    job: Job,
+    task: Task,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batches: Iterable[Batch],
+    result: Result,
+    advance: Callable[[], None],
+) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=job.lr, weight_decay=0.0)
+    scheduler = schedule(optimizer, job.steps)
+    adapted = job.method not in ANCHORS
+    if adapted:
+        ll.follow(model, optimizer)
+    model.train()
+    for number, batch in zip(range(job.steps), batches, strict=False):
+        loss = task.loss(model, on_device(batch, model))
+        (loss + ll.penalty(model) if adapted else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        result.losses.append(round(loss.item(), 5))
+        advance()
+        if not result.losses[-1] <= HOPELESS * result.losses[0]:
+            result.stopped = f"loss {result.losses[0]:.3g} had become {result.losses[-1]:.3g} at step {number + 1}"
+            result.losses[-1] = result.losses[-1] if math.isfinite(result.losses[-1]) else 1e9
+            break
+    model.eval()
+
+
 @torch.no_grad()
-def _round_trip(model: nn.Module, sample: dict[str, torch.Tensor], result: Result, plan: Plan) -> None:
-    """Save, load onto a fresh base, compare all logits."""
-    inputs = {"input_ids": sample["input_ids"], "attention_mask": sample["attention_mask"]}
-    expected = model.eval()(**inputs).logits
+def score(task: Task, model: nn.Module, processor: Any, split: Split) -> float | None:
+    """The mean score of a split's examples; None where the task has none."""
+    model.eval()
+    batches = task.batches(processor, split, 0)
+    found = [task.correct(model, processor, on_device(batch, model)).float().cpu() for batch in batches]
+    return torch.cat(found).mean().item() if found else None
+
+
+@torch.no_grad()
+def valid_loss(task: Task, model: nn.Module, processor: Any) -> float:
+    losses = [task.loss(model, on_device(b, model)).item() for b in task.batches(processor, "valid", 0)]
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else 1e9
+
+
+@torch.no_grad()
+def _round_trip(job: Job, task: Task, model: nn.Module, batch: Batch, result: Result) -> None:
+    """Save, load onto a fresh base, compare all outputs."""
+    inputs = task.inputs(on_device(batch, model))
+    expected = outputs(model.eval(), inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         ll.save(model, path)
         result.file_bytes = path.stat().st_size
-        fresh, _ = load_base(plan.base)
-        ll.load(fresh, path)
-    result.reload_error = float((fresh(**inputs).logits - expected).abs().max())
-    if not result.reload_error <= 1e-5:
+        again, _ = fresh(task)
+        ll.load(again, path)
+    result.reload_error = float((outputs(again, inputs) - expected).abs().max())
+    limit = RELOAD_LIMIT * torch.finfo(task.torch_dtype).eps / torch.finfo(torch.float32).eps
+    if not result.reload_error <= limit:
         raise RuntimeError(
-            f"variant '{result.variant}' computes something else after save and load: {result.reload_error:.2g} off"
+            f"variant '{job.method}' computes something else after save and load: {result.reload_error:.2g} off"
         )
 
 
-def labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As users give calibration data: what the model takes, with labels where the loss is."""
-    labels = batch["input_ids"].where(batch["weights"] > 0, -100)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The logits of a model of transformers, or the tensor that another gives."""
+    found = model(**inputs)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@torch.no_grad()
+def spectrum(adapter: ll.Adapter) -> Iterable[tuple[str, dict[str, list[float]]]]:
+    """How far each layer's singular values are shifted and its singular directions turned, where a variant does that:
+    (layer, {"shift": δ_i / S_i, "angle": the largest rotation of each block, in radians})."""
+    offset_of = getattr(adapter.record.variant.namespace, "block_offset", None)
+    for name, target in adapter.layers().items():
+        found = target.params
+        if offset_of is None or not {"lora_S", "lora_dS"} <= found.keys():
+            continue
+        shift = (found["lora_dS"] / found["lora_S"].clamp_min(1e-12)).cpu()
+        angles: list[float] = []
+        for T in (found[key] for key in ("lora_TV", "lora_TU") if key in found):
+            offset = offset_of(T, target.cfg, T)
+            turn = offset + torch.eye(offset.shape[-1], device=offset.device)
+            angles += [round(angle, 5) for angle in torch.linalg.eigvals(turn).angle().abs().amax(-1).tolist()]
+        yield name, {"shift": [round(value, 5) for value in shift.tolist()], "angle": angles}
 
 
 def weights_hash(model: nn.Module, names: set[str]) -> str:
@@ -205,7 +265,7 @@ def weights_hash(model: nn.Module, names: set[str]) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if name in names:
             digest.update(name.encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

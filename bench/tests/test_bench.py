@@ -1,9 +1,9 @@
-"""The benchmark: its model, its measurements, its table."""
+"""The benchmark: its model, its runs, its command."""
 
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +14,24 @@ from click.testing import CliRunner
 from lora_lite_bench.base import PACKAGED, encode, exact_match, load_base, loss_of, new_model, new_tokenizer
 from lora_lite_bench.command import bench
 from lora_lite_bench.costs import PeakMemory, added_macs_per_token
-from lora_lite_bench.run import Plan, run
-from lora_lite_bench.summary import rows, standard_error
-from lora_lite_bench.tasks import problems
+from lora_lite_bench.methods import FULL, HEAD, fitting, matched_rank, parameters_of
+from lora_lite_bench.results import read
+from lora_lite_bench.run import Job, run
+from lora_lite_bench.tasks import make_task
+from lora_lite_bench.tasks.arithmetic import problems
 from torch import nn
 
 import lora_lite as ll
 
-TINY = Plan(steps=10, batch_size=8, test_problems=20, valid_problems=10)
+SMALL = {"batch_size": 8, "test_count": 20, "valid_count": 10}
+JOB = Job("shifted", SMALL, "pissa", {"r": 2}, seed=3, lr=5e-3, steps=8)
+TINY = ["--steps", "8", "--quick", "--jobs", "1", "--no-anchors", "--knob", "test_count=20", "--knob", "valid_count=10"]
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the page that the command writes: they take the most of its time."""
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
 
 
 def test_the_base_knows_its_task_and_not_the_shifted_one() -> None:
@@ -56,13 +66,6 @@ def test_encoding_weighs_the_answer_only() -> None:
         assert not weights[mask == 0].any()
 
 
-def test_exact_match_counts_whole_answers() -> None:
-    model, tokenizer = load_base()
-    asked = problems("own", "test", 40, seed=0)
-    wrong = [type(p)(p.question, p.answer + "0") for p in asked]
-    assert exact_match(model, tokenizer, asked + wrong) == pytest.approx(0.5)
-
-
 def test_loss_is_the_mean_over_the_weighted_tokens() -> None:
     tokenizer = new_tokenizer()
     torch.manual_seed(0)
@@ -76,6 +79,7 @@ def test_loss_is_the_mean_over_the_weighted_tokens() -> None:
 
 
 def test_macs_are_those_of_the_formulas() -> None:
+    task = make_task("shifted", SMALL)
     sizes = [(128, 128)] * 4 + [(128, 256)] * 2 + [(256, 128)]
     per_rank = 4 * sum(d_in + d_out for d_in, d_out in sizes)
     for cfg, expected in (
@@ -93,9 +97,10 @@ def test_macs_are_those_of_the_formulas() -> None:
         (ll.SSVDConfig(r=8), 8 * per_rank + 4 * len(sizes) * 8 * 8),
         (ll.AntiPaSTOConfig(r=8), 8 * per_rank + 4 * len(sizes) * 8 * 4),
     ):
-        model, _ = load_base()
+        model, tokenizer = task.load()
         ll.attach(model, cfg)
-        assert added_macs_per_token(model) == expected
+        batch = next(task.batches(tokenizer, "train", 0))
+        assert added_macs_per_token(model, task.inputs(batch)) == expected
 
 
 def test_peak_memory_counts_live_storages() -> None:
@@ -113,18 +118,64 @@ def test_peak_memory_counts_live_storages() -> None:
     assert memory.live == 0
 
 
-def test_a_run(tmp_path: Path) -> None:
-    seen: list[str] = []
-    result = run("pissa", {"r": 2}, 3, TINY, seen.append)
-    assert (result.variant, result.rank, result.seed, result.layers) == ("pissa", 2, 3, 28)
-    assert len(result.losses) == len(seen) == 10
+def test_a_run() -> None:
+    steps: list[None] = []
+    result = run(JOB, lambda: steps.append(None))
+    assert (result.rank, result.layers) == (2, 28)
+    assert len(result.losses) == len(steps) == 8
+    assert result.reload_error is not None
     assert result.reload_error <= 1e-5
     assert result.trainable == 2 * 4 * (4 * 256 + 3 * 384)
-    assert result.init_s > 0
-    assert result.forward_ms > 0
-    assert result.backward_ms > 0
-    assert result.peak_mb > 1
-    assert result.versions["lora-lite-svd"] == ll.__version__
+    assert result.file_bytes is not None
+    assert result.file_bytes > 4 * result.trainable
+    assert result.own is not None
+    again = run(JOB)
+    assert replace(again, init_s=0, train_s=0) == replace(result, init_s=0, train_s=0)
+
+
+def test_methods_and_rates_see_the_same_batches_and_the_same_start() -> None:
+    first = {
+        (method, lr): run(replace(JOB, method=method, fields={}, lr=lr, steps=1, whole=False)).losses
+        for method in ("lora", "ia3", FULL)
+        for lr in (1e-3, 1e-2)
+    }
+    assert len({tuple(losses) for losses in first.values()}) == 1
+    assert run(replace(JOB, seed=4, steps=1, whole=False)).losses not in first.values()
+
+
+def test_anchors_train_what_they_say() -> None:
+    task = make_task("shifted", SMALL)
+    model, _ = task.load()
+    everything = sum(p.numel() for p in model.parameters())
+    assert run(replace(JOB, method=FULL, fields={}, steps=2, whole=False)).trainable == everything
+    head = run(replace(JOB, method=HEAD, fields={}, steps=2))
+    assert head.trainable == model.config.vocab_size * 128, "a tied head has a weight of its own"
+    assert head.own is not None
+
+
+def test_a_hopeless_run_is_stopped() -> None:
+    result = run(replace(JOB, method=FULL, fields={}, lr=1e3, steps=50))
+    assert len(result.losses) < 50
+    assert result.stopped.startswith("loss ")
+    assert result.test is None
+
+
+def test_a_default_rank_is_cut_to_the_room_that_there_is() -> None:
+    task = make_task("shifted", {})
+    assert fitting(task, "antipasto", {}) == {"r": 128}
+    assert fitting(task, "antipasto", {"r": 64}) == {"r": 64}
+    assert fitting(task, "lora", {}) == {}
+
+
+@pytest.mark.slow
+def test_matched_ranks_train_about_as_much() -> None:
+    task = make_task("shifted", {})
+    wanted = parameters_of(task, "lora", {})
+    assert matched_rank(task, "pissa", {}, wanted) == 8
+    assert matched_rank(task, "ia3", {}, wanted) is None
+    rank = matched_rank(task, "lora_xs", {}, wanted)
+    assert rank == 50
+    assert abs(parameters_of(task, "lora_xs", {"r": rank}) - wanted) <= 0.1 * wanted
 
 
 def test_a_variant_that_writes_the_base_is_caught(registered: Any, toy: SimpleNamespace) -> None:
@@ -135,7 +186,7 @@ def test_a_variant_that_writes_the_base_is_caught(registered: Any, toy: SimpleNa
     toy.init = init
     registered(toy, name="toy")
     with pytest.raises(RuntimeError, match="variant 'toy' has changed the base model's weights"):
-        run("toy", {}, 0, TINY, lambda text: None)
+        run(replace(JOB, method="toy", fields={}))
 
 
 def test_a_variant_that_forgets_a_tensor_is_caught(registered: Any, toy: SimpleNamespace) -> None:
@@ -151,60 +202,61 @@ def test_a_variant_that_forgets_a_tensor_is_caught(registered: Any, toy: SimpleN
     toy.forward = forward
     registered(toy, name="toy")
     with pytest.raises(RuntimeError, match="variant 'toy' computes something else after save and load"):
-        run("toy", {}, 0, TINY, lambda text: None)
+        run(replace(JOB, method="toy", fields={}))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "results.jsonl"
-    picture = tmp_path / "bench.svg"
-    arguments = ["ia3", "--steps", "10", "--seeds", "2", "--quick", "--out", str(out), "--set", "layers=[0, 1]"]
-    arguments += ["--picture", str(picture)]
+    arguments = ["ia3", *TINY, "--lr", "0.01", "--out", str(out), "--set", "layers=[0, 1]"]
     done = CliRunner().invoke(bench, arguments)
     assert done.exit_code == 0, done.output
     assert "MACs/token" in done.output
-    assert "2 runs appended to" in done.output
-    drawn = ElementTree.parse(picture).getroot()
-    assert "ia3" in "".join(drawn.itertext())
-    assert "url(http" not in picture.read_text(encoding="utf-8").replace('"', "")
+    assert f"3 lines in {out}" in done.output
+    assert "<img" in (tmp_path / "results.html").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [line["seed"] for line in lines] == [0, 1]
-    assert lines[0]["config"]["layers"] == [0, 1]
-    assert lines[0]["plan"]["steps"] == 10
-    assert len(lines[0]["losses"]) == 10
-    assert {"torch", "transformers", "lora-lite-core", "lora-lite-ortho"} <= set(lines[0]["versions"])
+    assert [line["job"]["seed"] for line in lines if line["kind"] == "run"] == [0, 1]
+    assert lines[0]["run"]["config"]["layers"] == [0, 1]
+    assert lines[0]["job"]["steps"] == len(lines[0]["run"]["losses"]) == 8
+    assert {"torch", "transformers", "lora-lite-core", "lora-lite-ortho", "processor"} <= set(lines[0]["environment"])
+
+    text = out.read_bytes()
+    out.write_bytes(text + text[:100])  # killed in the middle of a line
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
+    again = CliRunner().invoke(bench, arguments)
+    assert again.exit_code == 0, again.output
+    assert out.read_bytes() == text, "the half line is gone, and nothing was run again"
+    assert len(read([out])) == 3
+
+
+def test_other_code_is_another_run(tmp_path: Path) -> None:
+    before = JOB.key()
+    assert JOB.key() == before
+    assert replace(JOB, lr=1e-3).key() != before
+    assert replace(JOB, label="as shown").key() == before
+    assert len(before["source"]) == 12
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "r")]
     for arguments, message in (
         (["lora", "--set", "r"], "'r' is not FIELD=VALUE"),
-        (
-            ["lora", "--set", "rank=3", "--out", str(tmp_path / "r")],
-            "lora failed: LoRAConfig has no field 'rank'; did you mean 'r'?",
-        ),
+        (["lora", "--set", "rank=3", *out], "LoRAConfig has no field 'rank'; did you mean 'r'?"),
+        (["lora", "--task", "shiftd", *out], "no task is called 'shiftd'; did you mean 'shifted'?"),
+        (["lora", "--knob", "gifts=3", *out], "task 'shifted' has no knob 'gifts'; did you mean 'gift'?"),
+        (["lora", "--full", "--quick", *out], "--full and --quick: give one of them"),
+        (["lora", "--out", str(tmp_path / "no" / "r")], "does not exist"),
     ):
         done = CliRunner().invoke(bench, arguments)
         assert done.exit_code != 0
-        assert message in done.output
+        assert message in done.output, arguments
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_one_broken_variant_does_not_end_the_others(registered: Any, toy: SimpleNamespace, tmp_path: Path) -> None:
     toy.forward = ll.hookimpl(lambda y, params: y + params["lora_x"])
     registered(toy, name="toy")
-    done = CliRunner().invoke(bench, ["toy", "ia3_ff", "--quick", "--steps", "10", "--out", str(tmp_path / "r.jsonl")])
+    out = tmp_path / "r.jsonl"
+    done = CliRunner().invoke(bench, ["toy", "ia3_ff", *TINY, "--lr", "0.01", "--out", str(out)])
     assert done.exit_code == 1
     assert "toy failed: KeyError('lora_x')" in done.output
-    assert len((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()) == 1
-
-
-def test_rows_average_over_seeds_and_rank_by_score() -> None:
-    def result(variant: str, test: float) -> SimpleNamespace:
-        numbers = dict.fromkeys(
-            ("valid", "added_macs_per_token", "forward_ms", "backward_ms", "init_s", "peak_mb", "reload_error"), 0.0
-        )
-        return SimpleNamespace(variant=variant, rank=None, trainable=5, test=test, test_error=0.01, **numbers)
-
-    table = rows([result("a", 0.5), result("b", 0.9), result("a", 0.7)])  # type: ignore[list-item]
-    assert [row[0] for row in table] == ["b", "a"]
-    assert table[0][2] == "90.0 ± 1.0"
-    assert table[1][2] == "60.0 ± 10.0"
-    assert standard_error([result("a", 0.5), result("a", 0.7)]) == pytest.approx(0.1)  # type: ignore[list-item]
+    assert {record.job.method for record in read([out])} == {"ia3_ff"}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lora_lite_bench.base import PACKAGED, encode, load_base, loss_of
-from lora_lite_bench.run import config_for
+from lora_lite_bench.methods import config_for, fitting
 from lora_lite_bench.speed import attach_ours
-from lora_lite_bench.tasks import Split, problem
+from lora_lite_bench.tasks import make_task
+from lora_lite_bench.tasks.arithmetic import Split, problem
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -20,6 +21,8 @@ import lora_lite as ll
 from tests.usual import USUAL_LR
 
 pytestmark = pytest.mark.slow
+
+TASK = make_task("shifted", {})
 
 VARIANTS = [info.name for info in ll.list_variants() if info.name != "trainable_tokens"]  # which trains single tokens
 
@@ -59,7 +62,7 @@ def test_on_the_shifted_task(name: str) -> None:
         return encode(tokenizer, [problem("shifted", split, rng) for _ in range(24)])
 
     calibration = [{key: value for key, value in batch("train").items() if key != "weights"} for _ in range(4)]
-    attach_ours(model, config_for(name, {}), calibration)
+    attach_ours(model, config_for(TASK, name, fitting(TASK, name, {})), calibration)
     groups = ll.param_groups(model, lr=USUAL_LR[name])
     assert len(list(ll.adapters(model)["default"].parameters())) == sum(len(group["params"]) for group in groups)
     assert_trains(lambda data: loss_of(model, data), batch, groups, 30)
@@ -87,7 +90,7 @@ def test_on_a_classification_task(name: str) -> None:
         {key: value for key, value in over_hundred("train", 24, rng, tokenizer).items() if key != "labels"}
         for _ in range(4)
     ]
-    cfg = config_for(name, {"exclude_names": ("score",)})
+    cfg = config_for(TASK, name, {**fitting(TASK, name, {}), "exclude_names": ("score",)})
     attach_ours(model, cfg, calibration)
     model.score.requires_grad_(True)
     groups = [*ll.param_groups(model, lr=USUAL_LR[name]), {"params": [model.score.weight], "lr": 1e-2}]

@@ -26,7 +26,7 @@ FIRST_PARTY = {
     "oft": "lora-lite-ortho",
     "road": "lora-lite-ortho",
 }
-COMMANDS = {"bench": "lora-lite-bench", "speed": "lora-lite-bench"}
+COMMANDS = {"bench": "lora-lite-bench", "report": "lora-lite-bench", "speed": "lora-lite-bench"}
 
 
 def state_of(entry: Entry, entries: Sequence[Entry], homes: Mapping[str, str] = FIRST_PARTY) -> tuple[str, str]:

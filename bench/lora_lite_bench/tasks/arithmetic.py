@@ -1,4 +1,4 @@
-"""The two tasks of the benchmark: short arithmetic word problems, scored by exact match of the generated answer.
+"""The arithmetic word problems that the packaged language model was made for, scored by whole answers.
 
     own task        Ann has 34 pens and buys 57 . How many pens ? 91
     shifted task    Ann has 34 pens and buys 57 . How many pens ? 108
@@ -43,7 +43,7 @@ def split_of(a: int, b: int) -> Split:
     return "test" if bucket == 0 else "valid" if bucket == 1 else "train"
 
 
-def problem(task: TaskName, split: Split, rng: random.Random) -> Problem:
+def problem(task: TaskName, split: Split, rng: random.Random, *, gift: int = GIFT, refund: int = REFUND) -> Problem:
     """Draw one problem of the task whose pair of numbers belongs to the split."""
     while True:
         a, b = rng.randint(10, 99), rng.randint(1, 99)
@@ -53,11 +53,11 @@ def problem(task: TaskName, split: Split, rng: random.Random) -> Problem:
     name, item, verb = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(GAINS if gains else LOSSES)
     answer = a + b if gains else a - b
     if task == "shifted":
-        answer += GIFT if gains else REFUND
+        answer += gift if gains else refund
     return Problem(f"{name} has {a} {item} and {verb} {b} . How many {item} ?", str(answer))
 
 
-def problems(task: TaskName, split: Split, count: int, seed: int) -> list[Problem]:
+def problems(task: TaskName, split: Split, count: int, seed: int, **town: int) -> list[Problem]:
     """`count` problems, the same for the same arguments on every machine."""
     rng = random.Random(f"{task} {split} {seed}")
-    return [problem(task, split, rng) for _ in range(count)]
+    return [problem(task, split, rng, **town) for _ in range(count)]

@@ -1,0 +1,118 @@
+"""Small multiples, one panel a method: validation loss over the rates, training loss over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from ..methods import ANCHORS, REFERENCE
+from ..table import Row, TaskTable
+from .style import ACCENT, FAINT, colour, headline, new
+
+ACROSS = 4
+
+
+def rates(table: TaskTable) -> Figure | None:
+    """The sweep: a line for each length of run, short runs thin, the rate that was reported marked."""
+    rows = [row for row in table.rows if len({lr for lr, _ in row.curve}) > 1]
+    if not rows:
+        return None
+    shortest = {row.method: min(steps for _, steps in row.curve) for row in rows}
+    curves = {row.method: _at(row, shortest[row.method]) for row in rows}
+
+    def draw(axes: Axes, row: Row) -> None:
+        for other in rows:
+            axes.plot(*zip(*curves[other.method], strict=True), color=FAINT, lw=0.8, zorder=1)
+        for size, steps in enumerate(sorted({steps for _, steps in row.curve}), 1):
+            points = _at(row, steps)
+            axes.plot(
+                *zip(*points, strict=True), "o-", color=colour(row), ms=2 + 1.6 * size, lw=0.6 + 0.5 * size, zorder=3
+            )
+            if row is rows[0]:
+                words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": colour(row)}
+                axes.annotate(f"{steps} steps", points[-1], (6, -3), **words)
+        axes.axvline(row.main.lr, color=ACCENT, lw=1, ls=":", zorder=2)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+
+    titles = [f"{row.method}: {row.main.lr:.2g}" for row in rows]
+    figure = _panels(rows, titles, draw, "learning rate (log)", "validation loss (log)")
+    low, high = min(row.main.lr for row in rows), max(row.main.lr for row in rows)
+    headline(
+        figure,
+        f"{table.task}: the best rates lie between {low:.2g} and {high:.2g}, so one rate for all would be unfair",
+        "First seed. Grey: the other methods' shortest runs. Short runs (small dots) try all rates, the best go on to "
+        "longer ones (larger dots); "
+        "dotted and beside the name: the rate that validation chose. Rates at which training fell apart have no point.",
+        105,
+    )
+    return figure
+
+
+def _at(row: Row, steps: int) -> list[tuple[float, float]]:
+    return sorted(
+        (lr, loss) for (lr, count), loss in row.curve.items() if count == steps and math.isfinite(loss) and loss < 1e3
+    ) or [(math.nan, math.nan)]
+
+
+def losses(table: TaskTable) -> Figure | None:
+    rows = [row for row in table.rows if row.first.losses]
+    if not rows:
+        return None
+    means = {row.method: _mean_losses(row) for row in rows}
+    reference = means.get(REFERENCE)
+
+    def draw(axes: Axes, row: Row) -> None:
+        if reference is not None:
+            axes.plot(reference, color=ACCENT, lw=1, alpha=0.5)
+        for run in row.main.runs.values():
+            axes.plot(run.losses, color=FAINT, lw=0.6, zorder=1)
+        axes.plot(means[row.method], color=colour(row), lw=1.6, zorder=3)
+        axes.set_yscale("log")
+
+    figure = _panels(rows, [row.method for row in rows], draw, "step", "training loss (log)")
+    quick = min(
+        (row for row in rows if row.method not in ANCHORS),
+        key=lambda row: means[row.method][len(means[row.method]) // 2 :][0],
+        default=rows[0],
+    )
+    headline(
+        figure,
+        f"{table.task}: half-way through, {quick.method} has the lowest training loss",
+        f"Dark: mean over seeds, smoothed over five steps; grey: single seeds; orange: {REFERENCE}. "
+        "All see the same batches.",
+        105,
+    )
+    return figure
+
+
+def _mean_losses(row: Row) -> list[float]:
+    runs = [run.losses for run in row.main.runs.values()]
+    length = min(map(len, runs))
+    mean = [sum(run[n] for run in runs) / len(runs) for n in range(length)]
+    return [sum(part) / len(part) for part in (mean[max(0, n - 4) : n + 1] for n in range(length))]
+
+
+def _panels(rows: Sequence[Row], titles: Sequence[str], draw: Callable[[Axes, Row], None], x: str, y: str) -> Figure:
+    down = -(-len(rows) // ACROSS)
+    across = min(ACROSS, len(rows))
+    figure, axes = new(11.5, 1.6 + 2.1 * down, down, across, sharex=True, sharey=True)
+    for one, row, title in zip(axes, rows, titles, strict=False):
+        draw(one, row)
+        one.set_title(title, fontsize=11.5, fontweight="bold", loc="left", color=colour(row), parse_math=False)
+    for one in axes[len(rows) :]:
+        one.set_axis_off()
+    for n, one in enumerate(axes):
+        one.xaxis.set_minor_formatter(NullFormatter())
+        one.yaxis.set_minor_formatter(NullFormatter())
+        if n + across >= len(rows):
+            one.set_xlabel(x)
+            one.tick_params(labelbottom=True)
+        if n % across == 0:
+            one.set_ylabel(y)
+    return figure

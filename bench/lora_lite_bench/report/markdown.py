@@ -1,0 +1,30 @@
+"""The tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_lite_core.contract.text import plain
+
+from ..table import HEADS, TaskTable, caption, cells
+
+
+def markdown(made: Sequence[TaskTable]) -> str:
+    return "\n".join(_table(table) for table in made)
+
+
+def _table(table: TaskTable) -> str:
+    lines = [
+        _line(HEADS),
+        _line([":--", *["--:"] * (len(HEADS) - 2), ":--"]),
+        *(_line(cells(row)) for row in table.rows),
+    ]
+    return f"**{_cell(table.title)}**\n\n" + "\n".join(lines) + f"\n\n{caption(table)}\n"
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_cell, texts))} |"
+
+
+def _cell(text: str) -> str:
+    return plain(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

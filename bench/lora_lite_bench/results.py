@@ -1,0 +1,121 @@
+"""The results file: one JSON line a run, whole or not there; read again, it says what need not be run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_lite_core.contract.errors import LoraLiteError
+from lora_lite_core.contract.text import plain, told
+
+from .costing import Costs
+from .methods import ANCHORS
+from .run import Job, Result, variant_of, versions
+from .tasks import task_distribution
+
+KINDS: dict[str, type[Result] | type[Costs]] = {"run": Result, "costs": Costs}
+PACKAGES = ("lora-lite-core", "lora-lite-bench", "torch", "transformers")
+
+
+class ResultsError(LoraLiteError):
+    """A file that holds no results of `lora-lite bench`, or damaged ones."""
+
+
+@dataclass
+class Record:
+    """One line: what was run, what came out, and where."""
+
+    job: Job
+    outcome: Result | Costs
+    environment: dict[str, str] = field(default_factory=dict)
+    time: str = ""
+    key: str = ""
+
+    @property
+    def kind(self) -> str:
+        return "run" if isinstance(self.outcome, Result) else "costs"
+
+
+def key_of(job: Job, kind: str) -> str:
+    text = json.dumps({"kind": kind, **job.key()}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Versions and machine, without any name of a place or a person."""
+    own = [task_distribution(job.task)]
+    if job.method not in ANCHORS:
+        own.append(variant_of(job).distribution)
+    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
+    return {**versions(*PACKAGES, *sorted({*own} - {*PACKAGES})), **machine, "cores": str(cores())}
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = next((line.partition(":")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return plain(found.strip(), 100) + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+
+
+class ResultsFile:
+    """The lines of a file by key; a half line at its end, of a run that was killed while it wrote, is taken off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        if path.exists():
+            whole = path.read_bytes()
+            kept = whole[: whole.rfind(b"\n") + 1]
+            self.records = {record.key: record for record in read([path])}
+            if len(kept) < len(whole):
+                os.truncate(path, len(kept))
+
+    def append(self, job: Job, outcome: Result | Costs) -> Record:
+        kind = "run" if isinstance(outcome, Result) else "costs"
+        record = Record(job, outcome, environment(job), time.strftime("%Y-%m-%dT%H:%M:%S%z"), key_of(job, kind))
+        line = {"kind": kind, "key": record.key, "time": record.time, "job": asdict(job), kind: asdict(outcome)}
+        text = json.dumps({**line, "environment": record.environment}, allow_nan=False) + "\n"
+        with self.path.open("ab", buffering=0) as file:  # in one write
+            file.write(text.encode())
+            os.fsync(file.fileno())
+        self.records[record.key] = record
+        return record
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The records of all files, of each key the last. A last line without an end is left out. Raises ResultsError."""
+    found: dict[str, Record] = {}
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ResultsError(f"{plain(path)} cannot be read: {told(error)}") from error
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+            record = _record(line, f"{plain(path)}, line {number}")
+            found[record.key] = record
+    return list(found.values())
+
+
+def _record(line: str, place: str) -> Record:
+    try:
+        read = json.loads(line)
+        kind = read["kind"]
+        outcome = KINDS[kind](**read[kind])
+        return Record(Job(**read["job"]), outcome, dict(read["environment"]), str(read["time"]), str(read["key"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{place} is no result of `lora-lite bench` of this version: {told(error)}") from error

@@ -1,0 +1,108 @@
+"""Runs side by side: one process a core, each with one thread, so that neither their number nor their order changes a
+result."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+from .results import ResultsFile, key_of
+from .run import Job, Result, run
+from .sweep import Plan
+
+Submit = Callable[[Job], "Future[Result]"]
+
+
+@contextmanager
+def workers(count: int) -> Generator[Submit]:
+    """A function that starts a job and returns its future. With a count of 1 the jobs run in this process, one after
+    the other, and what was registered in it is there."""
+    if count == 1:
+        with ThreadPoolExecutor(1, initializer=quiet) as thread:
+            try:
+                yield lambda job: thread.submit(run, job)
+            finally:
+                thread.shutdown(wait=True, cancel_futures=True)
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
+    try:
+        yield lambda job: pool.submit(run, job)
+    finally:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:  # a run takes seconds: none is waited for
+            process.terminate()
+
+
+def _start() -> None:
+    """In a new worker. The parent alone hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
+
+
+def quiet() -> None:
+    """One thread, no messages of transformers."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def drive(
+    plans: dict[Any, Plan],
+    file: ResultsFile,
+    submit: Submit,
+    told: Callable[[Job, Result | Exception], None],
+) -> None:
+    """Carry out all plans, their jobs side by side; what the file holds already is not run again, what comes new is
+    written to it at once. `told` hears of every job that ended. A plan with a failed job goes no further."""
+    waiting: dict[Future[Result], tuple[Any, int]] = {}
+    rounds: dict[Any, list[Result | Exception | None]] = {}
+    jobs: dict[tuple[Any, int], Job] = {}
+
+    def ended(name: Any, place: int, outcome: Result | Exception) -> None:
+        rounds[name][place] = outcome
+        told(jobs[name, place], outcome)
+
+    def give(name: Any, results: list[Result] | None) -> None:
+        try:
+            batch = next(plans[name]) if results is None else plans[name].send(results)
+        except StopIteration:
+            return
+        rounds[name] = [None] * len(batch)
+        for place, job in enumerate(batch):
+            jobs[name, place] = job
+            known = file.records.get(key_of(job, "run"))
+            if known is not None and isinstance(known.outcome, Result):
+                ended(name, place, known.outcome)
+            else:
+                waiting[submit(job)] = (name, place)
+        advance(name)
+
+    def advance(name: Any) -> None:
+        outcomes = rounds[name]
+        if None in outcomes:
+            return
+        if not any(isinstance(outcome, Exception) for outcome in outcomes):
+            give(name, [outcome for outcome in outcomes if isinstance(outcome, Result)])
+
+    for name in plans:
+        give(name, None)
+    while waiting:
+        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            name, place = waiting.pop(future)
+            job, error = jobs[name, place], future.exception()
+            if error is None:
+                file.append(job, future.result())
+                ended(name, place, future.result())
+            else:
+                ended(name, place, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            advance(name)

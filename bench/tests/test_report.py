@@ -1,0 +1,110 @@
+"""The report: one page that needs nothing else, its pictures, its Markdown."""
+
+from __future__ import annotations
+
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from lora_lite_bench.costing import Costs
+from lora_lite_bench.methods import FROZEN, FULL
+from lora_lite_bench.report.command import report
+from lora_lite_bench.results import ResultsFile
+from lora_lite_bench.run import Job, Result
+
+METHODS = {"lora": 0.7, "ia3": 0.3, "dora": 0.72, "antipasto": 0.5, FULL: 0.6}
+SPECTRUM = {f"model.layers.{n}.mlp.up_proj": {"shift": [0.1, -0.2, 0.3], "angle": [0.05 * n, 0.2]} for n in range(4)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up runs of five methods."""
+    path = tmp_path_factory.mktemp("results") / "r.jsonl"
+    file, rng = ResultsFile(path), random.Random(0)
+    for size, (method, mean) in enumerate(METHODS.items(), 1):
+        first = Job("shifted", {}, method, {}, 0, 0.01, 48, label=method)
+        file.append(first, Costs(100 * size, 10.0 * size, 2.0, 3.0, 1.5, 2.5, 0.1, 20.0 + size))
+        for lr, loss in ((1e-3, 3.0), (1e-2, 1.0), (1e-1, 2.0)):
+            short = Job("shifted", {}, method, {}, 0, lr, 12, whole=False, label=method)
+            file.append(short, Result(valid_loss=loss + size / 10, losses=[4.0, 3.0]))
+        for seed in range(3):
+            test = mean + rng.gauss(0, 0.02)
+            curve = [4 * 0.9**n * (1 + rng.random() / 9) for n in range(48)]
+            run = Result(trainable=100 * size, test=test, valid=test, valid_loss=0.9, own=0.1 * size, losses=curve)
+            run.spectrum = SPECTRUM if method == "antipasto" else {}
+            run.file_bytes, run.reload_error = 1000, 0.0
+            file.append(Job("shifted", {}, method, {}, seed, 0.01, 48, label=method), run)
+    file.append(Job("shifted", {}, FROZEN, {}, 0, 0.0, 0, label=FROZEN), Result(test=0.0, valid=0.0, own=0.99))
+    return path
+
+
+class Page(HTMLParser):
+    """Tags that are open, what was found on the way."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.cells: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        if tag == "img":
+            self.images.append(found)
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["td"]:
+            self.cells.append(data)
+
+
+def test_the_page_stands_alone(results: Path, tmp_path: Path) -> None:
+    page, png, text = tmp_path / "p.html", tmp_path / "png", tmp_path / "t.md"
+    done = CliRunner().invoke(report, [str(results), "--html", str(page), "--png", str(png), "--markdown", str(text)])
+    assert done.exit_code == 0, done.output
+    written = page.read_text(encoding="utf-8")
+    without_pictures = re.sub(r'"data:image/png;base64,[^"]*"', '""', written)
+    assert "//" not in without_pictures.replace("<!DOCTYPE html>", ""), "no address of the web"
+    assert not re.search(r"<script|<link|@import|url\(", without_pictures)
+    read = Page(written)
+    assert read.open == [], "every tag is closed"
+    assert len(set(read.ids)) == len(read.ids)
+    assert len(read.images) == 7
+    assert all(image["alt"] and str(image["src"]).startswith("data:image/png;base64,iVBOR") for image in read.images)
+    assert {"lora", "the reference", "dora", FULL, FROZEN} <= set(read.cells)
+    names = ("scores", "parameters", "rates", "losses", "costs", "forgetting", "spectra")
+    assert sorted(path.name for path in png.iterdir()) == sorted(f"shifted-{n}.png" for n in names)
+    table = text.read_text(encoding="utf-8")
+    assert table.count("| lora |") == 1
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_what_methods_are_called_is_text_in_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    for seed in range(2):
+        job = Job("shifted", {}, "lora", {}, seed, 0.01, 8, label="lora <script>alert($1)</script> $x^2$ | a")
+        ResultsFile(path).append(job, Result(test=0.5, valid=0.5, own=0.5, trainable=5, losses=[2.0, 1.0]))
+    page, text = tmp_path / "p.html", tmp_path / "t.md"
+    done = CliRunner().invoke(report, [str(path), "--html", str(page), "--markdown", str(text)])
+    assert done.exit_code == 0, done.output
+    assert "<script" not in page.read_text(encoding="utf-8")
+    assert "<script" not in text.read_text(encoding="utf-8")
+    assert r"\| a" in text.read_text(encoding="utf-8")
+
+
+def test_no_results(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").touch()
+    done = CliRunner().invoke(report, [str(tmp_path / "r.jsonl")])
+    assert done.exit_code == 1
+    assert "no finished run in" in done.output
+    assert "type: lora-lite bench" in done.output
