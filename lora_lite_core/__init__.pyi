@@ -92,6 +92,7 @@ from .files.peft.importing import import_peft as import_peft
 from .files.peft.serving.as_lora import export_lora as export_lora
 from .files.peft.serving.verifying import verify_export as verify_export
 from .files.save import save as save
+from .files.swap import load_into as load_into
 from .layers.four_bit_packing import prepare as prepare
 from .layers.kinds.embedding import project as project
 from .layers.kinds.layer_kinds import layer_dtype as layer_dtype

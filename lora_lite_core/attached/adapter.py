@@ -128,6 +128,13 @@ class Adapter:
 
         save(self.model, path, name=self.name)
 
+    def load_(self, path: str | PathLike[str], *, on_base_mismatch: Reaction = "error") -> Adapter:
+        """`load_into(model, path, name=…)` of this adapter: other values in the same tensors."""
+        from .. import load_into  # by its public name, as `save`
+
+        load_into(self.model, path, name=self.name, on_base_mismatch=on_base_mismatch)
+        return self
+
     def detach(self) -> None:
         """`detach(model, name)` of this adapter."""
         detach(self.model, self.name)

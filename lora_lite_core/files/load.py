@@ -77,7 +77,7 @@ def load(
             from .train_modules import trained_whole
 
             base = trained_whole(file, model, record.cfg)
-        expected = _expected(file, targets, base)
+        expected = expected_in(file, targets, base)
         saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
         if any(fingerprint for fingerprint, _ in saved.values()):
             from ..attached.model_hooks.base_check import check_base
@@ -89,7 +89,7 @@ def load(
             raise AdapterFileError(
                 f"{file.path} has been edited: its header and {HEADER_TENSOR} differ; save the adapter anew"
             )
-    values = _values(file, tensors, expected)
+    values = values_of(file, tensors, expected)
     record.whole = {key: Whole.trained_from(tensor, tensors[key]) for key, tensor in base.items()}
     install(model, name, record, targets, values=values, trainable=trainable)
     record_of(model, name).step = record.step
@@ -99,14 +99,14 @@ def load(
 def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) -> tuple[Record, list[Target]]:
     """What the file's header asks for, on this model, if that can be."""
     variant = variant_of_file(file.path, file.variant, file.plugin)
-    cfg = _config_of(file, variant)
+    cfg = config_of(file, variant)
     in_shards = is_in_shards(model)
     check_attachable(model, in_shards=in_shards)
     if trainable:
         check_takes_parameters(model)
     check_one_owner(model)
     check_name(model, name, variant)
-    targets = _targets_of(file, model, cfg, variant, name)
+    targets = targets_in(file, model, cfg, variant, name)
     check_has_weights(targets)
     if in_shards:
         from .shards import check_waiting
@@ -117,7 +117,7 @@ def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) ->
     return Record(variant, cfg, file.seed, step=file.step), targets
 
 
-def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
+def config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
     try:
         return config_from_file(variant.Config, file.config)
     except ConfigError as error:
@@ -127,7 +127,7 @@ def _config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:
         ) from error
 
 
-def _targets_of(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant: Variant, name: str) -> list[Target]:
+def targets_in(file: AdapterFile, model: nn.Module, cfg: AdapterConfig, variant: Variant, name: str) -> list[Target]:
     """The file's own targets in this model; its patterns are not run again."""
     layers = _names(model)
     if not file.targets:
@@ -165,7 +165,7 @@ def _own(cfg: AdapterConfig, changes: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
-def _expected(
+def expected_in(
     file: AdapterFile, targets: Iterable[Target], whole: Mapping[str, Tensor]
 ) -> dict[str, dict[str, tuple[str, ParamSpec]]]:
     """What the variant declares for each target, with the name of it in the file, after names and shapes were compared
@@ -194,7 +194,7 @@ def _expected(
     return expected
 
 
-def _values(
+def values_of(
     file: AdapterFile, tensors: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, tuple[str, ParamSpec]]]
 ) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by target and bare name, of the kinds that the variant declares."""
