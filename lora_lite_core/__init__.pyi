@@ -86,6 +86,7 @@ from .discovery.registry import (
 from .files.adapter_file import AdapterFile as AdapterFile
 from .files.adapter_file import inspect as inspect
 from .files.load import load as load
+from .files.peft.combining import combine as combine
 from .files.peft.exporting import export_peft as export_peft
 from .files.peft.importing import import_peft as import_peft
 from .files.peft.serving.as_lora import export_lora as export_lora

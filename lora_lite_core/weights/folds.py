@@ -36,7 +36,7 @@ class Fold:
     tied: Fold | None = None  # an earlier one, whose parameter this layer has, too
 
 
-def folds_of(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
+def folds_of(model: nn.Module, names: list[str], to_dense: bool, *, for_good: bool = False) -> list[Fold]:
     check_not_sharded(model, GATHER)
     check_attachable(model, *READING)
     found = {path: target for one in names for path, target in targets_of(model, one).items()}
@@ -44,7 +44,7 @@ def folds_of(model: nn.Module, names: list[str], to_dense: bool) -> list[Fold]:
     folds: dict[str, Fold] = {}
     for path, target in found.items():
         refuse_block(target)
-        layer, targets = target.layer, adapters_alone(target, names)
+        layer, targets = target.layer, adapters_alone(target, names, for_good=for_good)
         if target.kind == "experts":
             folds[path] = _fold_experts(target, targets)
             continue

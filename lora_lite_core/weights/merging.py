@@ -32,7 +32,7 @@ def merge(model: nn.Module, name: str | None = None, *, to_dense: bool = False) 
     """
     check_outside(model)
     names = acting_names(model, name)
-    folds = folds_of(model, names, to_dense)
+    folds = folds_of(model, names, to_dense, for_good=True)
     with all_or_nothing(model):
         trained = {key: tensor for one in names for key, tensor in current(model, record_of(model, one)).items()}
         uninstall(model, names)

@@ -36,9 +36,11 @@ class AffineMap:
 
 
 @torch.no_grad()
-def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target], *, anywhere: bool = False) -> AffineMap:
-    """The layer `name` with these adapters, run on a dense float64 twin of it; `anywhere`: also of those that are not
-    active, and at other values of what is trained than they have.
+def adapted_map(
+    name: str, layer: nn.Module, targets: Sequence[Target], *, anywhere: bool = False, inactive: bool = False
+) -> AffineMap:
+    """The layer `name` with these adapters, run on a dense float64 twin of it; `inactive`: also of those that
+    are not active; `anywhere`: of these, and at other values of what is trained than they have.
 
     Raises MergeError when an adapter tensor or the result is not finite, and, with the measured residual, when the
     adapted layer is not affine in x; ModelStateError when an adapter is switched off or has no values yet.
@@ -57,7 +59,7 @@ def adapted_map(name: str, layer: nn.Module, targets: Sequence[Target], *, anywh
             )
     device = layer_device(layer)
     device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-    params = [_params(name, target, layer, device, anywhere) for target in targets]
+    params = [_params(name, target, layer, device, anywhere, inactive) for target in targets]
     # As a decorator, so that no interrupt comes between the end of a with-block and its leaving.
     modes = Modes()
     try:
@@ -110,13 +112,15 @@ def dense_twin(layer: nn.Module, device: torch.device) -> nn.Linear:
     return twin
 
 
-def adapters_alone(of: Target, adapters: Sequence[str]) -> tuple[Target, ...]:
+def adapters_alone(of: Target, adapters: Sequence[str], *, for_good: bool = False) -> tuple[Target, ...]:
     """All targets of these adapters on the target's layer, in the order in which they act. Others on the layer may stay
     where they and these add up, whatever values they will have; MergeError, with the measured interaction, where not.
+    `for_good`: also those that are not active now.
     """
     state = state_of(of.layer)
     held = [target for target in (state.acting if state else ()) if target.part == of.part]
-    held += [target for target in targets_on(of.layer) if target.part == of.part and target not in held]
+    found = [target for target in targets_on(of.layer) if target.part == of.part and target not in held]
+    held += found if for_good else [target for target in found if target.adapter in adapters]
     ours = tuple(target for target in held if target.adapter in adapters)
     others = tuple(target for target in held if target.adapter not in adapters)
     if others:
@@ -161,13 +165,13 @@ def refuse_block(target: Target) -> None:
         )
 
 
-def check_usable(name: str, target: Target, layer: nn.Module, *, anywhere: bool = False) -> None:
+def check_usable(name: str, target: Target, layer: nn.Module, *, inactive: bool = False) -> None:
     """Raise ModelStateError for an adapter that has no values or is off, MergeError for one that is not finite."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         check_not_flat(target)
     if not target.ready:
         raise ModelStateError(f"adapter '{target.adapter}' has no values yet; call initialize() or load(model, path)")
-    if not anywhere and not is_acting(target):
+    if not inactive and not is_acting(target):
         raise ModelStateError(
             f"adapter '{target.adapter}' is not active; leave the block that switches it off, or type "
             f"activate(model, '{target.adapter}')"
@@ -181,8 +185,10 @@ def check_usable(name: str, target: Target, layer: nn.Module, *, anywhere: bool 
             )
 
 
-def _params(name: str, target: Target, layer: nn.Module, device: torch.device, anywhere: bool) -> dict[str, Tensor]:
-    check_usable(name, target, layer, anywhere=anywhere)
+def _params(
+    name: str, target: Target, layer: nn.Module, device: torch.device, anywhere: bool, inactive: bool
+) -> dict[str, Tensor]:
+    check_usable(name, target, layer, inactive=inactive or anywhere)
     found: dict[str, Tensor] = {}
     for bare, tensor in target.params_on(layer).items():
         value = tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
