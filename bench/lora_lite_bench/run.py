@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import platform
 import tempfile
@@ -24,6 +23,7 @@ import lora_lite_core as ll
 
 from .base import schedule
 from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
+from .model_state import spectrum, weights_hash
 from .tasks import Batch, Split, Task, make_task
 from .tasks.lookup import source_of
 
@@ -239,34 +239,6 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The logits of a model of transformers, or the tensor that another gives."""
     found = model(**inputs)
     return found if isinstance(found, torch.Tensor) else found.logits
-
-
-@torch.no_grad()
-def spectrum(adapter: ll.Adapter) -> Iterable[tuple[str, dict[str, list[float]]]]:
-    """How far each layer's singular values are shifted and its singular directions turned, where a variant does that:
-    (layer, {"shift": δ_i / S_i, "angle": the largest rotation of each block, in radians})."""
-    offset_of = getattr(adapter.record.variant.namespace, "block_offset", None)
-    for name, target in adapter.layers().items():
-        found = target.params
-        if offset_of is None or not {"lora_S", "lora_dS"} <= found.keys():
-            continue
-        shift = (found["lora_dS"] / found["lora_S"].clamp_min(1e-12)).cpu()
-        angles: list[float] = []
-        for T in (found[key] for key in ("lora_TV", "lora_TU") if key in found):
-            offset = offset_of(T, target.cfg, T)
-            turn = offset + torch.eye(offset.shape[-1], device=offset.device)
-            angles += [round(angle, 5) for angle in torch.linalg.eigvals(turn).angle().abs().amax(-1).tolist()]
-        yield name, {"shift": [round(value, 5) for value in shift.tolist()], "angle": angles}
-
-
-def weights_hash(model: nn.Module, names: set[str]) -> str:
-    """A hash of the named parameters and buffers, by name and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in names:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def versions(*names: str) -> dict[str, str]:
