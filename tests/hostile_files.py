@@ -206,7 +206,7 @@ def safe(text: str, most: int = 20_000) -> bool:
 
 
 @contextmanager
-def at_once(seconds: float = 2.0) -> Generator[None, None, None]:
+def at_once(seconds: float = 8.0) -> Generator[None, None, None]:
     """The processor's time, so that a busy machine does not count; what waits for ever is woken after a minute."""
 
     def wake(*_: object) -> None:

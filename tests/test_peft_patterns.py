@@ -103,7 +103,7 @@ def test_bombs_are_just_matched(pattern: str) -> None:
     patterns = Patterns([name] * 10)
     for kind in ("fullmatch", "selects", "contains"):
         getattr(patterns, kind)("target_modules", pattern, name)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_what_is_refused(pattern: str, why: str) -> None:
     start = time.process_time()
     with pytest.raises(ll.AdapterFileError, match=rf"^rank_pattern: the pattern '.* {why}.*; write the names of the"):
         Patterns([]).fullmatch("rank_pattern", pattern, "ab" * 5_000)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8
 
 
 def test_many_patterns_share_the_steps() -> None:
@@ -157,7 +157,7 @@ def test_many_patterns_share_the_steps() -> None:
         run()
     with pytest.raises(ll.AdapterFileError, match="takes too many steps"):
         patterns.selects("rank_pattern", "q_proj", "q_proj")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8
 
 
 def test_as_many_plain_names_as_a_large_model_has_cost_little() -> None:
@@ -166,4 +166,4 @@ def test_as_many_plain_names_as_a_large_model_has_cost_little() -> None:
     for name in names:
         assert sum(patterns.selects("rank_pattern", "^" + re.escape(other), name) for other in names) == 1
         assert sum(patterns.selects("rank_pattern", other, name) for other in names) == 1
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8

@@ -122,8 +122,9 @@ def test_loading_more_of_them(two: Any, llama: Any, ids: Any, train: Any, tmp_pa
 def test_merging_one_of_two(two: Any, ids: Any) -> None:
     two.set_adapter("gates")
     second, flags = two(ids).logits, [p.requires_grad for p in two.parameters()]
-    with pytest.raises(ll.MergeError, match="carries adapter 'default', too"):
-        two.merge_adapter()
+    two.merge_adapter()  # the other one is not active
+    torch.testing.assert_close(two(ids).logits, second, rtol=1e-4, atol=1e-5)
+    two.unmerge_adapter()
     assert torch.equal(two(ids).logits, second)
     assert flags == [p.requires_grad for p in two.parameters()]
     two.get_base_model().model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
