@@ -67,7 +67,7 @@ def imported(folder: Any, **options: Any) -> ll.LoraLiteError | None:
         ll.import_peft(model, folder, **options)
     except ll.LoraLiteError as raised:
         error = raised
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 8
     if error is not None:
         assert not ll.adapters(model)
         assert all(p.requires_grad for p in model.parameters())
