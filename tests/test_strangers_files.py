@@ -19,8 +19,8 @@ import lora_lite as ll
 from lora_lite_core.contract.text import LINE, LINES, paragraphs, plain, table
 from lora_lite_core.contract.untrusted_input import JSON_VALUES, parse_json, read_regular
 from lora_lite_core.files.adapter_file import open_adapter
-from lora_lite_core.files.safetensors_reading import open_tensors
-from lora_lite_core.files.safetensors_writing import write_tensors
+from lora_lite_core.files.tensor_file.reading import open_tensors
+from lora_lite_core.files.tensor_file.writing import write_tensors
 
 from . import hostile_files
 from .hostile_files import VALID, at_once, safe

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite_core.files import safetensors_writing
-from lora_lite_core.files.safetensors_writing import write_tensors, write_whole
+from lora_lite_core.files.tensor_file import writing as safetensors_writing
+from lora_lite_core.files.tensor_file.writing import write_tensors, write_whole
 
 from . import hostile_files
 from .hostile_files import at_once, safe
@@ -115,7 +115,7 @@ def test_a_link_stays_a_link_and_any_name_of_a_file_will_do(tmp_path: Path) -> N
 
 WAITING = """
 import sys, time
-from lora_lite_core.files.safetensors_writing import write_whole
+from lora_lite_core.files.tensor_file.writing import write_whole
 
 def parts():
     yield b"half"

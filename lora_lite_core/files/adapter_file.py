@@ -19,7 +19,7 @@ from typing import Any
 from ..contract.errors import AdapterFileError, listed
 from ..contract.text import count, is_variant_name, plain, table
 from ..contract.untrusted_input import collector_paused, parse_json, typed
-from .safetensors_reading import TensorFile, open_tensors
+from .tensor_file.reading import TensorFile, open_tensors
 
 FORMAT = "lora-lite"
 FORMAT_VERSION = 1

@@ -24,7 +24,7 @@ from ..contract.errors import (
 from ..contract.target import Target
 from ..layers.shards import on_first_process, whole
 from .adapter_file import FORMAT, FORMAT_VERSION
-from .safetensors_writing import real_path, write_tensors
+from .tensor_file.writing import real_path, write_tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:

@@ -13,7 +13,7 @@ from ...contract.errors import AdapterFileError
 from ...contract.text import plain
 from ...contract.untrusted_input import open_regular, parse_json
 from ...layers.kinds.layer_kinds import layer_sizes
-from ..safetensors_reading import TensorFile, open_tensors
+from ..tensor_file.reading import TensorFile, open_tensors
 from .config_json.fields import CONFIG, first_of
 
 WEIGHTS = "adapter_model.safetensors"

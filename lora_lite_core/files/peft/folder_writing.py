@@ -18,7 +18,7 @@ from importlib_metadata import version
 from torch import Tensor, nn
 
 from ...contract.errors import AdapterFileError, MergeError
-from ..safetensors_writing import write_tensors, write_whole
+from ..tensor_file.writing import write_tensors, write_whole
 from .config_json.fields import CONFIG
 from .folder_reading import PREFIX, REPORT, WEIGHTS
 from .tensor_forms.for_all import TOP

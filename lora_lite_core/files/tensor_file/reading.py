@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file, read through one open descriptor; writing is in files/safetensors_writing.py.
+"""Tensors in a safetensors file, read through one open descriptor; writing is in writing.py.
 
 Eight bytes of length, a JSON header {name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}, the data.
 Here, not by the safetensors package, because that opens a path a second time, reads with a copy more, and writes the
@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..contract.errors import AdapterFileError
-from ..contract.text import plain
-from ..contract.untrusted_input import collector_paused, open_regular, parse_json, typed
+from ...contract.errors import AdapterFileError
+from ...contract.text import plain
+from ...contract.untrusted_input import collector_paused, open_regular, parse_json, typed
 
 if TYPE_CHECKING:
     from torch import Tensor

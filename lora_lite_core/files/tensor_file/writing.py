@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract.errors import AdapterFileError
-from ..contract.text import plain
-from .safetensors_reading import DTYPES, HEADER_LIMIT, little_endian
+from ...contract.errors import AdapterFileError
+from ...contract.text import plain
+from .reading import DTYPES, HEADER_LIMIT, little_endian
 
 try:
     import fcntl
