@@ -96,7 +96,7 @@ def test_the_example_trains_saves_and_goes_on(variant: str, tmp_path: Path) -> N
     shown: list[list[float]] = []
     for more in (["--out", first], ["--resume", first, "--out", second, "--steps", "5"]):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
-        done = subprocess.together(
+        done = subprocess.run(
             [*map(str, command), "--variant", variant, *map(str, more)],
             capture_output=True,
             text=True,
