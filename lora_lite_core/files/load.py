@@ -78,12 +78,7 @@ def load(
 
             base = trained_whole(file, model, record.cfg)
         expected = expected_in(file, targets, base)
-        saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
-        if any(fingerprint for fingerprint, _ in saved.values()):
-            from ..attached.model_hooks.base_check import check_base
-            from .shards import readable
-
-            check_base(plain(file.path), readable(model, name, targets), saved, on_base_mismatch)
+        check_base_of(file, model, name, targets, on_base_mismatch)
         tensors = opened.read()
         if HEADER_TENSOR in tensors and header_text(tensors) != opened.metadata["adapter"]:
             raise AdapterFileError(
@@ -115,6 +110,18 @@ def _checked(file: AdapterFile, model: nn.Module, name: str, trainable: bool) ->
     if trainable:
         check_behaviour(targets)
     return Record(variant, cfg, file.seed, step=file.step), targets
+
+
+def check_base_of(
+    file: AdapterFile, model: nn.Module, name: str, targets: Iterable[Target], reaction: Reaction
+) -> None:
+    """Compare the fingerprints that the file has with these layers."""
+    saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
+    if any(fingerprint for fingerprint, _ in saved.values()):
+        from ..attached.model_hooks.base_check import check_base
+        from .shards import readable
+
+        check_base(plain(file.path), readable(model, name, list(targets)), saved, reaction)
 
 
 def config_of(file: AdapterFile, variant: Variant) -> AdapterConfig:

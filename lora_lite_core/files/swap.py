@@ -21,7 +21,7 @@ from ..contract.text import plain
 from ..layers.kinds.layer_kinds import is_sharded
 from ..layers.shards import copy_shard, reshard
 from .adapter_file import HEADER_TENSOR, AdapterFile, open_adapter
-from .load import config_of, expected_in, targets_in, values_of
+from .load import check_base_of, config_of, expected_in, targets_in, values_of
 
 SAME = 1e-5  # relative; padded tensors that compute another thing are off by more
 CHOOSING = frozenset({f.name for f in fields(AdapterConfig)} - {"dtype"}) | {"rank_pattern", "alpha_pattern"}
@@ -67,11 +67,12 @@ def load_into(
         whole = current(model, record)
         expected = expected_in(file, there.values(), whole)
         _check_seed(file, name, record.seed, there)
-        _check_base(model, name, file, here, on_base_mismatch)
+        check_base_of(file, model, name, here.values(), on_base_mismatch)
         tensors = {key: tensor for key, tensor in opened.read().items() if key != HEADER_TENSOR}
     values = values_of(file, tensors, expected)
     fitted = {one: _fitted(file, here[one], there[one], values[one]) for one in here}
-    pairs = {id(tensor): (tensor, value) for one in here for tensor, value in _pairs(here[one], fitted[one])}
+    held = [(here[one].params[bare], value) for one in here for bare, value in fitted[one].items()]
+    pairs = {id(tensor): (tensor, value) for tensor, value in held}  # those that layers share once
     _write(model, [*pairs.values(), *((tensor, tensors[key]) for key, tensor in whole.items())])
     record.step = file.step
 
@@ -93,15 +94,6 @@ def _check_seed(file: AdapterFile, name: str, seed: int, there: Mapping[str, Tar
             f"{plain(file.path)} was attached with seed={file.seed}, adapter '{name}' with seed={seed}, and some of "
             "its tensors are made by that and not saved; attach it with the seed of the file"
         )
-
-
-def _check_base(model: nn.Module, name: str, file: AdapterFile, here: Mapping[str, Target], reaction: Reaction) -> None:
-    saved = {path: (target["fingerprint"], target["storage"]) for path, target in file.targets.items()}
-    if any(fingerprint for fingerprint, _ in saved.values()):
-        from ..attached.model_hooks.base_check import check_base
-        from .shards import readable
-
-        check_base(plain(file.path), readable(model, name, [*here.values()]), saved, reaction)
 
 
 def _fitted(file: AdapterFile, own: Target, other: Target, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -150,11 +142,6 @@ def _difference(own: Target, other: Target, padded: Mapping[str, Tensor], values
     differences = [float((a.weight - b.weight).norm()) for a, b in zip(made[:half], made[half:], strict=True)]
     sizes = [float((b.weight - b.base_weight).norm()) or 1.0 for b in made[half:]]
     return max(off / size for off, size in zip(differences, sizes, strict=True))
-
-
-def _pairs(target: Target, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    held = target.params
-    return [(held[bare], value) for bare, value in values.items()]
 
 
 @torch.no_grad()

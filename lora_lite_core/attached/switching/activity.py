@@ -24,7 +24,7 @@ class Acting:
     """names      of the adapters that act, in their order
     whole      of those whose modules, trained whole, are in their places
     strengths  of those that are scaled: a tensor with one number, or one a row of the batch
-    rows       of the batch that each adapter acts on (`Rows`); None: all
+    rows       of the batch that each adapter acts on (`BatchRows`); None: all
     """
 
     names: tuple[str, ...]

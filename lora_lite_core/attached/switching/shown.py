@@ -23,7 +23,8 @@ def as_table(model: nn.Module) -> str:
 
 def in_words(model: nn.Module, name: str) -> str:
     """<Adapter 'style': lora, r=8, 14 layers, …>"""
-    present, acting, strength = present_targets(model, name), acting_on(model), acting_on(model).strengths.get(name)
+    present, acting = present_targets(model, name), acting_on(model)
+    strength = acting.strengths.get(name)
     gone = sum(target is None for target in present.values())
     ranks, trained = _ranks(present.values()), _trained(model, name)
     total = sum(p.numel() for p in model.parameters())

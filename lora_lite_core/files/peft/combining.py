@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ...attached.model_checks import GATHER, check_not_sharded
 from ...attached.records import check_name, check_outside, record_of, targets_of
 from ...attached.targets.experts import single
-from ...contract.errors import ConfigError, MergeError
+from ...contract.errors import ConfigError
 from ...contract.target import Target
-from ...weights.probing import READING, adapted_map
+from ...weights.probing import READING
 from .config_json.layout import refuse_whole_modules
 from .importing import import_peft
-from .serving.lora_folder import factors, needed, write_lora
+from .serving.lora_folder import change_of, check_rank, factors, needed, write_lora
 from .serving.report import LoRAExport
 
 COMPLETE = 1e-7  # relative error of ΔW that counts as none: what float32 keeps of it
@@ -92,11 +92,7 @@ def _changes(
             if getattr(target.cfg, "r", 0) > getattr(held.cfg, "r", 0):
                 targets[path] = target
             for one in single(target):
-                made = adapted_map(one.name, one.layer, [one], inactive=True)
-                delta, shift = made.weight - made.base_weight, made.bias - made.base_bias
-                if float(shift.norm()) > 1e-6 * float(made.base_bias.norm() + delta.norm()):
-                    raise MergeError(f"'{name}' shifts the bias of {one.name}, which a LoRA cannot")
-                found.setdefault(one.name, []).append((weight, delta))
+                found.setdefault(one.name, []).append((weight, change_of(one, inactive=True)))
     return targets, found
 
 
@@ -105,8 +101,7 @@ def _checked(weights: Mapping[str, float], rank: int | None, method: str, densit
         raise ConfigError(f"weights={dict(weights)!r}: give a finite number for each adapter, as in {{'style': 0.7}}")
     if method not in RULES:
         raise ConfigError(f"method={method!r}; the methods are {', '.join(RULES)}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
+    check_rank(rank)
     if not 0 < density <= 1:
         raise ConfigError(f"density={density!r}: the share of entries that is kept is above 0 and at most 1")
     return RULES[method]

@@ -12,13 +12,12 @@ from ....attached.model_checks import GATHER, check_not_sharded
 from ....attached.records import check_outside, record_of, targets_of
 from ....attached.targets.experts import single
 from ....contract.errors import ConfigError, MergeError
-from ....contract.target import Target
-from ....weights.probing import READING, adapted_map, adapters_alone
+from ....weights.probing import READING, adapters_alone
 from ..config_json.layout import dtype_of, refuse_whole_modules
 from ..folder_writing import checked_folder
 from ..tensor_forms.tied_tokens import leaders
 from .check_prompt import check_prompt
-from .lora_folder import error_by_rank, factors, needed, write_lora
+from .lora_folder import change_of, check_rank, error_by_rank, factors, needed, write_lora
 from .report import LoRAExport
 from .served_names import served_model, served_names
 
@@ -54,8 +53,7 @@ def export_lora(
     some), or is in layers that the served class lacks, ConfigError for arguments that make no sense, ModelStateError
     where no prompt can be run, AdapterFileError where the folder cannot be written: then it is as before.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
+    check_rank(rank)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
         raise ConfigError(f"tol={tol!r}: the largest relative error is a number from 0")
     cast = dtype_of(dtype)
@@ -68,7 +66,9 @@ def export_lora(
     outer = model if served is None else served_model(served, model)
     names = served_names(model, targets, outer) if served is not None else {path: path for path in targets}
     singles = {path: single(target) for path, target in targets.items()}
-    parts = {one.name: _change(target, one, name, tol) for t, target in targets.items() for one in singles[t]}
+    for target in targets.values():
+        adapters_alone(target, [name])
+    parts = {one.name: factors(change_of(one), tol) for each in singles.values() for one in each}
     size = rank or max(1, *(needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
         own = {one.name: getattr(one.cfg, "r", 0) for each in singles.values() for one in each}
@@ -78,21 +78,6 @@ def export_lora(
         result.check = check_prompt(model, name, None if check is True else check)
     write_lora(model, outer, targets, parts, result, tol=tol, cast=cast, variant=record.variant.name)
     return result
-
-
-@torch.no_grad()
-def _change(target: Target, one: Target, name: str, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ΔW of a layer, or of one of a target's experts, as U S Vh, complete up to a tenth of tol."""
-    path = one.name
-    adapters_alone(target, [name])
-    found = adapted_map(path, one.layer, [one])
-    shift, delta = found.bias - found.base_bias, found.weight - found.base_weight
-    if float(shift.norm()) > 1e-6 * float(found.base_bias.norm() + delta.norm()):
-        raise MergeError(
-            f"'{name}' shifts the bias of {path}, which a LoRA cannot; "
-            "merge(model) instead, or leave layers with a bias out"
-        )
-    return factors(delta, tol)
 
 
 def _check_low(parts: dict[str, tuple[Tensor, Tensor, Tensor]], own: dict[str, int], tol: float, who: str) -> None:

@@ -8,14 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from ....attached.targets.experts import single
-from ....contract.errors import MergeError
+from ....contract.errors import ConfigError, MergeError
 from ....contract.target import Target
+from ....weights.probing import adapted_map
 from ..config_json.layout import check_read_back, layout_fields
 from ..folder_writing import write_folder
 from ..tensor_forms.forms import keys_of, written_form
 from .report import LayerLoss, LoRAExport
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U S Vh of ΔW, float64
+
+
+def check_rank(rank: int | None) -> None:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
+
+
+@torch.no_grad()
+def change_of(one: Target, *, inactive: bool = False) -> Tensor:
+    """ΔW of a layer, or of one of a target's experts, float64; MergeError where the bias changes as well."""
+    found = adapted_map(one.name, one.layer, [one], inactive=inactive)
+    shift, delta = found.bias - found.base_bias, found.weight - found.base_weight
+    if float(shift.norm()) > 1e-6 * float(found.base_bias.norm() + delta.norm()):
+        raise MergeError(
+            f"'{one.adapter}' shifts the bias of {one.name}, which a LoRA cannot; "
+            "merge(model) instead, or leave layers with a bias out"
+        )
+    return delta
 
 
 def write_lora(
