@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 from .models import Net, token_ids
+from .usual import SPREAD
 
 FILE = "adapter.safetensors"
-NAMES = [info.name for info in ll.list_variants()]
+NAMES = SPREAD
 OWN: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 8},
     "ssvd": {"r": 4},

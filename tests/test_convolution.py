@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import lora_lite as ll
 from lora_lite_core.layers.kinds.convolution import Patches, patches
 
+from .usual import SPREAD
+
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SMALL: dict[str, dict[str, Any]] = {"oft": {"block_size": 4}, "antipasto": {"r": 4}, "ssvd": {"r": 4}}
 FILE = "adapter.safetensors"
@@ -70,7 +72,7 @@ def test_patches_times_the_flat_weight_are_the_convolution(dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", KINDS)
-@pytest.mark.parametrize("name", [info.name for info in ll.list_variants() if info.name != "trainable_tokens"])
+@pytest.mark.parametrize("name", [name for name in SPREAD if name != "trainable_tokens"])
 def test_every_variant_is_what_the_merged_weight_computes(name: str, dims: int, tmp_path: Path) -> None:
     base, x = model(dims), images(dims)
     frozen = base(x).detach()

@@ -14,6 +14,7 @@ import torch
 import lora_lite as ll
 
 from .models import net, token_ids, train
+from .usual import SPREAD
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -152,10 +153,7 @@ def test_the_performance_page_shows_the_table_that_the_command_prints() -> None:
         for table in re.findall(r"(?:^\|.*\|\n)+", page, flags=re.M)
     )
     assert (tuple(first[0]), tuple(second[0])) == (HEADS, INIT_HEADS)
-    labels = [
-        case.label
-        for case in cases([info.name for info in ll.list_variants() if info.name != "trainable_tokens"], Settings())
-    ]
+    labels = [case.label for case in cases([name for name in SPREAD if name != "trainable_tokens"], Settings())]
     assert [row[0] for row in first[2:]] == ["frozen", *labels]
     assert "    lora-lite speed\n" in page
 

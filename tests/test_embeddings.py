@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 
+from .usual import SPREAD
+
 SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 4}, "trainable_tokens": {"rows": (3, 17, 5)}}
 REFUSED = {
     "eva": ll.CalibrationError,
@@ -22,7 +24,7 @@ REFUSED = {
     "ia3_ff": ll.UnsupportedLayer,
     "oft": ll.UnsupportedLayer,
 }
-NAMES = [info.name for info in ll.list_variants()]
+NAMES = SPREAD
 FILE = "adapter.safetensors"
 IDS = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(1))
 

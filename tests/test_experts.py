@@ -17,11 +17,12 @@ import lora_lite as ll
 from lora_lite_core.attached.targets.experts import single
 
 from .experts import IDS, IMPLEMENTATIONS, MODELS, fused_in, model, separate
+from .usual import SPREAD
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' and peft's own
 FILE = "adapter.safetensors"
 SMALLER: dict[str, dict[str, Any]] = {"oft": {"block_size": 4}, "antipasto": {"r": 4}, "ssvd": {"r": 4}}
-NAMES = [info.name for info in ll.list_variants() if "experts" in ll.get_variant(info.name).layers]
+NAMES = [name for name in SPREAD if "experts" in ll.get_variant(name).layers]
 WAYS = [(name, way) for name in MODELS for way in (IMPLEMENTATIONS if name != "llama4" else ("eager",))]
 
 

@@ -10,6 +10,7 @@ import lora_lite as ll
 
 from .make_golden import GOLDEN
 from .models import Net, token_ids
+from .usual import SPREAD
 
 FILES = sorted(path.name.partition(".")[0] for path in GOLDEN.glob("*.output.safetensors"))
 
@@ -33,5 +34,4 @@ def test_a_file_of_an_earlier_version_loads_and_computes_the_same(variant: str, 
 
 
 def test_every_first_party_variant_has_one() -> None:
-    ours = {info.name for info in ll.list_variants() if info.distribution.startswith("lora-lite-")}
-    assert set(FILES) == ours - {"scale"}
+    assert set(FILES) == {*SPREAD}

@@ -18,6 +18,8 @@ import lora_lite as ll
 from lora_lite_core.testing import run_checks, variant_checks
 from lora_lite_core.testing.check import CHECKS
 
+from .usual import SPREAD
+
 SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "trainable_tokens": {"rows": (1, 5)}}
 EXPECTED = {
     "dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"},
@@ -30,7 +32,12 @@ def config(name: str) -> ll.AdapterConfig:
     return ll.LoraLiteConfig(variant=name, **{**rank, **SMALL.get(name, {})})
 
 
-@pytest.mark.parametrize("name", [info.name for info in ll.list_variants()])
+ALL = [info.name for info in ll.list_variants()]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SPREAD else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
 def test_our_variants_keep_every_promise(name: str) -> None:
     results = run_checks(config(name), expected_failures=EXPECTED.get(name))
     assert len(results) == len(CHECKS) >= 25

@@ -17,9 +17,10 @@ import lora_lite as ll
 
 from .models import net, token_ids, weights_hash
 from .test_variants import config
+from .usual import SPREAD
 
 IDS = token_ids(7, (6, 5))
-NAMES = [info.name for info in ll.list_variants()]
+NAMES = SPREAD
 FOLDER = Path(__file__).parent / "variants"
 
 

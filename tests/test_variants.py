@@ -11,9 +11,9 @@ from torch import nn
 import lora_lite as ll
 
 from .models import net, token_ids, train, weights_hash
-from .usual import USUAL_LR
+from .usual import SPREAD, USUAL_LR
 
-VARIANTS = [info.name for info in ll.list_variants()]
+VARIANTS = SPREAD
 
 
 SMALL: dict[str, dict[str, Any]] = {

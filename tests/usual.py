@@ -1,4 +1,7 @@
-"""Learning rates for AdamW that the methods' authors, and large comparisons of the methods, use."""
+"""The variants that the tests of every mechanism take: together they use all sides, kinds of tensors and hooks of the
+first methods. The kit, the packages' own tests and `-m slow` take the others.
+
+Their learning rates for AdamW are those that the methods' authors, and large comparisons of the methods, use."""
 
 USUAL_LR = {
     "antipasto": 5e-3,
@@ -16,3 +19,5 @@ USUAL_LR = {
     "ssvd": 5e-3,
     "trainable_tokens": 1e-3,
 }
+
+SPREAD = sorted(USUAL_LR)
