@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 import types
@@ -112,6 +113,27 @@ def all_zeros(v: types.SimpleNamespace) -> None:
     v.param_specs = ll.hookimpl(
         lambda d_in, d_out, cfg: {"lora_A": ll.ParamSpec((cfg.r, d_in)), "lora_B": ll.ParamSpec((d_out, cfg.r))}
     )
+
+
+@caught_by("strength")
+def adds_to_the_output_in_place(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y.detach().clone().copy_(y.add_(delta(x, params))))
+
+
+@caught_by("strength")
+def counts_its_calls(v: types.SimpleNamespace) -> None:
+    calls = itertools.count()
+    v.forward = ll.hookimpl(lambda x, y, params: y + (1 + 1e-3 * next(calls)) * delta(x, params))
+
+
+@caught_by("routed")
+def depends_on_how_many_rows_there_are(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) / len(x))
+
+
+@caught_by("combined")
+def doubles_in_batches_of_six(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) * (1 + (len(x) == 6)))
 
 
 @caught_by("base_is_never_written")
