@@ -121,7 +121,7 @@ def adds_to_the_output_in_place(v: types.SimpleNamespace) -> None:
 
 
 @caught_by("strength")
-def counts_its_calls(v: types.SimpleNamespace) -> None:
+def adds_more_at_every_call(v: types.SimpleNamespace) -> None:
     calls = itertools.count()
     v.forward = ll.hookimpl(lambda x, y, params: y + (1 + 1e-3 * next(calls)) * delta(x, params))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,27 @@ def test_rows_of_variants_written_elsewhere(name: str) -> None:
             torch.testing.assert_close(out(model, ids), torch.cat(expected), rtol=1e-9, atol=1e-10)
     finally:
         ll.unregister(name)
+
+
+def test_what_is_written_inside_a_block_counts(tmp_path: Path) -> None:
+    """The tensors of many adapters are put beside each other once in a block, and again when one is written."""
+    model = net(torch.float64)
+    names = [f"a{number}" for number in range(6)]
+    adapters = [put(model, "lora", name, seed=number) for number, name in enumerate(names)]
+    adapters[1].save(tmp_path / "one.safetensors")
+    seen = []
+    with ll.routed(model, names):
+        seen += [out(model), out(model)]
+        with torch.no_grad():
+            next(iter(adapters[3].parameters())).add_(0.1)
+        seen.append(out(model))
+        ll.load_into(model, tmp_path / "one.safetensors", name="a5")
+        seen.append(out(model))
+    changed = [[row for row in range(6) if not torch.equal(a[row], b[row])] for a, b in itertools.pairwise(seen)]
+    assert changed == [[], [3], [5]]
+    for row, name in enumerate(names):
+        with ll.active(model, name):
+            torch.testing.assert_close(seen[-1][row : row + 1], out(model, IDS[row : row + 1]), rtol=1e-9, atol=1e-11)
 
 
 def test_rows_of_convolutions_and_flattened_tokens() -> None:

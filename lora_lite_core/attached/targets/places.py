@@ -71,7 +71,7 @@ def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
         if name and (place := place_of(module)) is not None:
             yield name, place
         for part in module._parameters:
-            if (place := place_of(module, part)) is not None:
+            if not part.startswith("lora_") and (place := place_of(module, part)) is not None:
                 yield f"{name}.{part}" if name else part, place
 
 
