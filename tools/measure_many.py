@@ -88,28 +88,30 @@ def pool(files: int = 1000, slots: int = 8) -> None:
                 compiled(x)
             gc.collect()
             memory.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(gc.get_objects())))
-    half = memory[len(memory) // 2]
+    half, last = memory[len(memory) // 2], memory[-1]
     print(
-        f"{files} files through {slots} slots: {1e3 * statistics.median(took):.1f} ms a file, {counter.frame_count - graphs} "
-        f"new graphs, {(memory[-1][0] - half[0]) / 1024:.1f} MB and {memory[-1][1] - half[1]} objects more in the second half"
+        f"{files} files through {slots} slots: {1e3 * statistics.median(took):.1f} ms a file, "
+        f"{counter.frame_count - graphs} new graphs, {(last[0] - half[0]) / 1024:.1f} MB and {last[1] - half[1]} objects "
+        "more in the second half"
     )
+
+
+def grown(layers: int, adapters: int) -> tuple[list[float], list[float]]:
+    """Microseconds a layer that each attach took, and then each switch to another adapter."""
+    model = stack(layers, 16)
+    attach = [cpu(lambda: moved(model, f"a{number}", r=1)) for number in range(adapters)]  # noqa: B023
+    switch = [cpu(lambda: ll.activate(model, f"a{number}")) for number in range(adapters)]  # noqa: B023
+    return [1e6 * one / layers for one in attach], [1e6 * one / layers for one in switch]
 
 
 def sizes() -> None:
     for layers in (100, 1000):
-        model = stack(layers, 16)
-        took = [cpu(lambda number=number: moved(model, f"a{number}", r=1)) for number in range(20)]
-        switch = statistics.median(cpu(lambda number=number: ll.activate(model, f"a{number}")) for number in range(20))
-        print(
-            f"{layers} layers: attach {1e6 * statistics.median(took) / layers:.0f} µs a layer, switch "
-            f"{1e6 * switch / layers:.1f} µs a layer"
-        )
-    model = stack(100, 16)
-    took = [cpu(lambda number=number: moved(model, f"a{number}", r=1)) for number in range(200)]
-    early, late = (1e4 * statistics.median(part) for part in (took[:20], took[180:]))
-    print(f"200 adapters: attach {early:.0f} µs a layer for the first 20, {late:.0f} µs for the last 20")
-    switch = [cpu(lambda number=number: ll.activate(model, f"a{number % 200}")) for number in range(200)]
-    print(f"200 adapters: switch {1e4 * statistics.median(switch):.1f} µs a layer")
+        attach, switch = map(statistics.median, grown(layers, 20))
+        print(f"20 adapters on {layers} layers: attach {attach:.0f} µs a layer, switch {switch:.1f} µs a layer")
+    attach, switch = grown(100, 200)
+    early, late = statistics.median(attach[:20]), statistics.median(attach[180:])
+    print(f"200 adapters on 100 layers: attach {early:.0f} µs a layer for the first 20, {late:.0f} µs for the last 20")
+    print(f"200 adapters on 100 layers: switch {statistics.median(switch):.1f} µs a layer")
 
 
 def switches(times: int = 10_000) -> None:
