@@ -249,3 +249,28 @@ def kinds(rank: int, folder: str) -> None:
         for name in ("lora", "dora"):
             model, _ = trained_kind(kind, name, rank)
             ll.save(model, Path(folder) / f"{kind} {name}.safetensors")
+
+
+def swaps(rank: int, folder: str) -> None:
+    """Another file's values into an adapter that DDP or FSDP2 holds, which goes on training; switching and strengths."""
+    found: dict[str, Tensor] = {}
+    for wrap, sharded in (("ddp", _ddp), ("fsdp2", shard)):
+        for name in ("lora", "hra", "pissa"):
+            model = base()
+            attach(model, name)
+            outer: Any = sharded(model)
+            train(outer, trained(outer), steps=2, half=rank)
+            ll.load_into(model, Path(folder) / f"{name}.safetensors")
+            with torch.no_grad():
+                found[f"{wrap} {name} swapped"] = outer(token_ids(9)).clone()
+                with ll.strength(model, {"default": -0.5}):
+                    found[f"{wrap} {name} strength"] = outer(token_ids(9)).clone()
+                with ll.active(model):
+                    found[f"{wrap} {name} off"] = outer(token_ids(9)).clone()
+                with ll.routed(model, ["default", None, "default", None]):
+                    found[f"{wrap} {name} routed"] = outer(token_ids(9, (4, 5))).clone()
+            train(outer, trained(outer), steps=2, half=rank)
+            with torch.no_grad():
+                found[f"{wrap} {name} trained"] = outer(token_ids(9)).clone()
+    if rank == 0:
+        torch.save(found, Path(folder) / "swaps.pt")

@@ -91,8 +91,8 @@ def pool(files: int = 1000, slots: int = 8) -> None:
     half, last = memory[len(memory) // 2], memory[-1]
     print(
         f"{files} files through {slots} slots: {1e3 * statistics.median(took):.1f} ms a file, "
-        f"{counter.frame_count - graphs} new graphs, {(last[0] - half[0]) / 1024:.1f} MB and {last[1] - half[1]} objects "
-        "more in the second half"
+        f"{counter.frame_count - graphs} new graphs, {(last[0] - half[0]) / 1024:.1f} MB and {last[1] - half[1]} "
+        "objects more in the second half"
     )
 
 
