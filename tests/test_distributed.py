@@ -17,6 +17,7 @@ from .distributed import (
     NAMES,
     attach,
     base,
+    checkpointed,
     each_variant,
     from_meta,
     heads,
@@ -146,3 +147,14 @@ def test_swaps_and_switches_in_processes(tmp_path: Path) -> None:
     for key, value in found.items():
         _, _, which = key.partition(" ")
         torch.testing.assert_close(value, expected[which], rtol=1e-3, atol=2e-4, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_torch(tmp_path: Path) -> None:
+    together(checkpointed, str(tmp_path))
+    found = torch.load(tmp_path / "checkpointed.pt")
+    for name in ("lora", "hra", "dora"):
+        torch.testing.assert_close(found[f"{name} again"], found[f"{name} first"], rtol=1e-5, atol=1e-6)
+        model = base()
+        ll.load(model, tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(model(token_ids(9)).detach(), found[f"{name} first"], rtol=1e-4, atol=1e-5)
