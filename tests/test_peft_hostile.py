@@ -297,6 +297,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "bias": ("lora", fields(bias="lora_only"), "bias='lora_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.q_proj.bias"),
     "lora_bias": ("lora", fields(lora_bias=True), "lora_bias=True is more than a low-rank product"),
     "qalora": ("lora", fields(use_qalora=True), "use_qalora=True is more than a low-rank product"),
+    "alora: no ids": ("lora", fields(alora_invocation_tokens=["a"]), r"alora_invocation_tokens=\['a'\] in adapter_config.json: it is a list of token ids"),
     "changed base": ("lora", fields(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' in adapter_config.json: these"),
     "start is a number": ("lora", fields(init_lora_weights=3), "init_lora_weights=3 in adapter_config.json: it is true, false"),
     "mica": ("lora", fields(init_lora_weights="mica"), "init_lora_weights='mica' in adapter_config.json keeps lora_B"),
