@@ -41,7 +41,7 @@ IGNORED = {
     "loftq_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "lora_ga_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "megatron_core": "only with megatron_config",
-    "qalora_group_size": "only with use_qalora",
+    "qalora_group_size": "only with use_qalora, whose variant reads it",
 }
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
