@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from lora_lite_core import ConfigError, DropoutConfig, ParamSpec, dropped, hookimpl, lowrank_delta
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
