@@ -11,8 +11,8 @@ from lora_lite_core import ConfigError, MergeError
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def _linear_only(layer: nn.Module, method: str) -> None:
-    if not isinstance(layer, nn.Linear):
+def _linear_only(layer: nn.Module, method: str, *others: str) -> None:
+    if not isinstance(layer, nn.Linear) and type(layer).__name__ not in others:
         raise MergeError(f"PEFT's {method} takes nn.Linear layers, not a {type(layer).__name__}")
 
 
@@ -22,7 +22,7 @@ def _no_bias(config: dict[str, Any]) -> None:
 
 
 def gralora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
-    _linear_only(layer, "GraLoRA")
+    _linear_only(layer, "GraLoRA", "Conv1D")
     alpha = cfg.r + cfg.hybrid_r if cfg.alpha is None else cfg.alpha
     fields = {"peft_type": "GRALORA", "r": cfg.r, "hybrid_r": cfg.hybrid_r, "alpha": alpha, "gralora_k": cfg.k}
     tensors = {

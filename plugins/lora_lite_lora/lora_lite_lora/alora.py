@@ -7,9 +7,8 @@ is the base model's. What comes before is the base model's in every case, so tha
 (r, d_in) starts as U(±1/√d_in), B (d_out, r) as zeros, which makes step 0 the identity; both are trained. Needs
 nothing of the base. It cannot be merged. r (d_in + d_out) parameters and as many multiply-accumulates per token.
 
-A call that gets a part of the sequence, as generation with a cache does, does not see the invocation: say the prompt,
-`with ll.context(model, prompt_ids=ids): model.generate(ids)`; positions then count from its end. A model that is
-called with neither has the adapter on everywhere.
+Generation with a cache calls the model with a part of the sequence, which does not show the invocation: say the prompt,
+`with ll.context(model, prompt_ids=ids): model.generate(ids)`. Without ids of any kind it is on everywhere.
 
 Greenewald, Lastras, Parnell, Shah, Popa, Zizzo, Gunasekara, Rawat, Cox: Activated LoRA: Fine-tuned LLMs for
 Intrinsics, 2025, arXiv:2504.12397.
@@ -25,8 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite_core import ConfigError, DropoutConfig, ParamSpec, dropped, hookimpl, lowrank_delta
+from lora_lite_core import ConfigError, DropoutConfig, ModelStateError, ParamSpec, dropped, hookimpl, lowrank_delta
 
+from . import _peft_alora
+
+LAYERS = ("linear", "embedding")
 BENCH = {"lr": 1e-2}
 
 
@@ -49,6 +51,7 @@ class ALoRAConfig(DropoutConfig):
 
 
 Config = ALoRAConfig
+to_peft, from_peft = hookimpl(_peft_alora.to_peft), hookimpl(_peft_alora.from_peft)
 
 
 @hookimpl
@@ -68,6 +71,10 @@ def forward(
         return change.add_(y)
     length = y.shape[-2] if y.dim() == 3 else (whole if ids is None else ids).shape[1]
     on = torch.arange(length, 0, -1, device=y.device) <= _from_the_end(whole, cfg.invocation_tokens)
+    if on.numel() != change[..., 0].numel():
+        raise ModelStateError(
+            f"aLoRA: outputs {tuple(y.shape)} for tokens {tuple(on.shape)}; exclude_names such a layer"
+        )
     return y + change * on.reshape(*y.shape[:-1], 1)
 
 
@@ -78,22 +85,3 @@ def _from_the_end(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
     found = torch.stack([padded[:, i : i + length] == token for i, token in enumerate(tokens)]).all(0)
     left = torch.where(found, torch.arange(length, 0, -1, device=ids.device), length + 1)
     return left.amin(1, keepdim=True) % (length + 1)
-
-
-@hookimpl
-def to_peft(params: dict[str, Tensor], cfg: ALoRAConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    fields = {"peft_type": "LORA", "r": cfg.r, "lora_alpha": cfg.r if cfg.alpha is None else cfg.alpha}
-    fields |= {"alora_invocation_tokens": list(cfg.invocation_tokens), "lora_dropout": cfg.dropout}
-    fields |= {"rank_pattern": {}, "alpha_pattern": {}, "task_type": "CAUSAL_LM"}  # in others PEFT leaves it off
-    return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
-
-
-@hookimpl
-def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    if config["peft_type"] != "LORA" or not config.get("alora_invocation_tokens"):
-        return None
-    if config.get("use_rslora"):
-        raise ConfigError("use_rslora=True: aLoRA is scaled by alpha / r here")
-    fields = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout") or 0.0}
-    fields["invocation_tokens"] = tuple(config["alora_invocation_tokens"])
-    return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}

@@ -85,9 +85,8 @@ def to_peft(params: dict[str, Tensor], cfg: QALoRAConfig, layer: nn.Module) -> t
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "LORA" or not config.get("use_qalora"):
         return None
-    if config.get("use_rslora"):
-        raise ConfigError("use_rslora=True: QA-LoRA is scaled by alpha / r here")
+    grown = config["r"] ** 0.5 if config.get("use_rslora") else 1  # alpha / √r is √r alpha / r
     A, size = tensors["lora_A.weight"], QALoRAConfig(group_size=config["qalora_group_size"]).group_size
-    fields = {"r": config["r"], "alpha": config["lora_alpha"], "group_size": size}
+    fields = {"r": config["r"], "alpha": config["lora_alpha"] * grown, "group_size": size}
     fields["dropout"] = config.get("lora_dropout") or 0.0
     return fields, {"lora_A": A * (A.shape[1] / size), "lora_B": tensors["lora_B.weight"]}

@@ -106,12 +106,12 @@ def test_embeddings_as_inputs_have_it_on() -> None:
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 
 
-def test_it_is_that_of_peft_and_its_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_it_is_that_of_peft_and_its_folders(rslora: bool, tmp_path: Path) -> None:
     import peft
 
-    cfg = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=TARGETS, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"
-    )
+    fields: dict[str, Any] = {"use_rslora": rslora, "task_type": "CAUSAL_LM"}
+    cfg = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, alora_invocation_tokens=[1, 2], **fields)
     theirs = peft.get_peft_model(llama(), cfg).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
@@ -135,7 +135,21 @@ def test_it_is_that_of_peft_and_its_folders(tmp_path: Path) -> None:
     torch.testing.assert_close(back(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+class Shuffled(nn.Module):
+    """A layer that gets the last tokens alone, as one of several experts gets some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.layer(self.table(input_ids).flatten(0, 1)[-5:])
+
+
 def test_refusals() -> None:
+    model = Shuffled()
+    with pytest.raises(ll.ModelStateError, match=r"aLoRA: outputs \(5, 8\) for tokens \(4, 6\); exclude_names such"):
+        adapted(model)(IDS)
     with pytest.raises(
         ll.ConfigError, match=r"ALoRAConfig\(invocation_tokens=\(\)\): give one token id or more, as in"
     ):

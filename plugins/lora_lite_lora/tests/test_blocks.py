@@ -123,6 +123,23 @@ def test_graloras_folders(hybrid_r: int, tmp_path: Path) -> None:
     torch.testing.assert_close(back(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gralora_on_gpt2s_layers(tmp_path: Path) -> None:
+    """Their weight is stored the other way round, which GraLoRA's tensors do not see."""
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    def gpt() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(16, 24), nn.Tanh(), Conv1D(24, 16))
+
+    model, x = gpt(), torch.randn(3, 24)
+    for parameter in ll.attach(model, ll.LoraLiteConfig(variant="gralora", r=4)).parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ll.export_peft(model, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(gpt(), tmp_path / "ours")
+    torch.testing.assert_close(back(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_scale_that_alpha_does_not_give_is_written_as_one(tmp_path: Path) -> None:
     import peft
 

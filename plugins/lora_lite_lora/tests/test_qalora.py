@@ -64,10 +64,12 @@ def theirs(cfg: Any) -> Any:
     return made.eval()
 
 
-def test_pefts_folders_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_folders_both_ways(rslora: bool, tmp_path: Path) -> None:
     import peft
 
-    cfg = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_qalora=True, qalora_group_size=4)
+    fields: dict[str, Any] = {"use_qalora": True, "qalora_group_size": 4, "use_rslora": rslora}
+    cfg = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **fields)
     other = theirs(cfg)
     names = {"lora_A": other.lora_A["default"].weight, "lora_B": other.lora_B["default"].weight}
     assert names["lora_A"].shape == (4, D_IN // 4)
@@ -90,9 +92,9 @@ def test_pefts_folders_both_ways(tmp_path: Path) -> None:
     written = load_file(tmp_path / "ours" / file.name)
     for name, tensor in names.items():
         torch.testing.assert_close(written[f"base_model.model.0.{name}.weight"], tensor.detach())
-    fields = json.loads((tmp_path / "ours/adapter_config.json").read_text(encoding="utf-8"))
-    assert fields["use_qalora"]
-    assert (fields["qalora_group_size"], fields["r"], fields["lora_alpha"]) == (4, 4, 6)
+    found = json.loads((tmp_path / "ours/adapter_config.json").read_text(encoding="utf-8"))
+    assert found["use_qalora"]
+    assert (found["qalora_group_size"], found["r"], found["lora_alpha"]) == (4, 4, 12 if rslora else 6)
 
 
 def test_peft_has_it_for_gptq_alone(tmp_path: Path) -> None:
