@@ -8,7 +8,7 @@ r, with the parameters of one LoRA of rank r. lora_A holds the A_i one beside th
 other. Needs nothing of the base; n divides d_in and d_out. r (d_in + d_out) parameters and as many
 multiply-accumulates per token.
 
-Ren, Shi, Wang, Ren, Zhao, Xiao, Chen, Ren: MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient
+Ren, Shi, Wu, Zhang, Ren, de Rijke, Chen, Pei: MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient
 Fine-Tuning, 2024 (ACL), arXiv:2402.17263.
 """
 
