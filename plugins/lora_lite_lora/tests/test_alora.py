@@ -97,6 +97,17 @@ def test_generation_with_a_cache_needs_the_prompt() -> None:
     assert not torch.equal(model.generate(prompt, **settings), expected), "off after the prompt"
 
 
+def test_compiled() -> None:
+    """In one graph, with the search for the tokens in it."""
+    model = adapted(Net())  # its ids are called `ids`
+    with ll.context(model, input_ids=IDS):
+        expected = model(IDS)
+        torch.compiler.reset()
+        got = torch.compile(model, backend="eager", fullgraph=True)(IDS)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(expected, model(IDS), atol=1e-2), "without the name it is on everywhere"
+
+
 def test_embeddings_as_inputs_have_it_on() -> None:
     model = adapted(llama())
     embedded = model.get_input_embeddings()(IDS).detach()
