@@ -41,11 +41,10 @@ IGNORED = {
     "loftq_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "lora_ga_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "megatron_core": "only with megatron_config",
-    "qalora_group_size": "only with use_qalora",
+    "qalora_group_size": "only with use_qalora, whose variant reads it",
 }
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
-    "alora_invocation_tokens": "switches the adapter on at a token",
     "megatron_config": "is for layers of Megatron",
     "velora_config": "trains with a backward pass of its own",
     "monteclora_config": "samples the factors",
@@ -96,6 +95,7 @@ PLACES: tuple[str, _Check] = (
     lambda v: v is None or _whole(v) or (isinstance(v, list) and all(map(_whole, v))),
 )
 IDS: tuple[str, _Check] = ("a list of token ids", _ids)
+SOME: tuple[str, _Check] = ("a list of token ids", lambda v: v is None or _ids(v))
 TOKENS: tuple[str, _Check] = (
     "a list of token ids, or one for each embedding's name",
     lambda v: v is None or _ids(v) or (isinstance(v, dict) and all(map(_ids, v.values()))),
@@ -108,7 +108,7 @@ KINDS = {
     "peft_type": TEXT, "target_modules": NAMES, "exclude_modules": NAMES, "feedforward_modules": NAMES,
     "modules_to_save": LIST, "target_parameters": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
     "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
-    "token_indices": IDS, "trainable_token_indices": TOKENS,
+    "token_indices": IDS, "trainable_token_indices": TOKENS, "alora_invocation_tokens": SOME,
     "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
     "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
