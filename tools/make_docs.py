@@ -167,12 +167,12 @@ def functions() -> str:
 
 def catalogue() -> str:
     """Every first-party variant in a row of a table that can be searched."""
-    about = f"""All variants of this project's packages, measured on one linear layer {D_IN} → {D_OUT} with r = 8 where there is
-a rank and defaults else; methods of whole blocks on a block. *trained*: parameters, of the layer's own; *work*:
-multiply-accumulates a token beyond the layer's own, in a batch of {TOKENS} tokens; *rank of the change*: what a LoRA must have
-to be the same ("full": more than half of the layer's, merge it instead; `export_lora` measures it for yours); *data*: attach
-needs `calibration_data`; *one base*: a file fits only the weights that it was made on; *PEFT*: folders of the peft package are
-read or written; the last column is the package.
+    about = f"""All variants of this project's packages, measured on one linear layer {D_IN} → {D_OUT} with r = 8
+where there is a rank and defaults else; methods of whole blocks on a block. *trained*: parameters, of the layer's own;
+*work*: multiply-accumulates a token beyond the layer's own, in a batch of {TOKENS} tokens; *rank of the change*: what a
+LoRA must have to be the same ("full": more than half of the layer's, merge it instead; `export_lora` measures it for
+yours); *data*: attach needs `calibration_data`; *one base*: a file fits only the weights that it was made on; *PEFT*:
+folders of the peft package are read or written; the last column is the package.
 """
     names = [info.name for info in ll.list_variants() if info.distribution in FIRST_PARTY.values()]
     return page("All variants", about, table(names))

@@ -122,10 +122,9 @@ def table(names: list[str]) -> str:
     ]
     for name in names:
         one = facts(name)
-        cells = [
-            f"[`{name}`](methods.md#{name})", one.summary, _percent(one.parameters), _percent(one.macs), one.rank,
-            *("yes" if flag else "" for flag in (one.data, one.weights, one.peft)), one.distribution.removeprefix("lora-lite-"),
-        ]  # fmt: skip
+        flags = ["yes" if flag else "" for flag in (one.data, one.weights, one.peft)]
+        cells = [f"[`{name}`](methods.md#{name})", one.summary, _percent(one.parameters), _percent(one.macs), one.rank]
+        cells += [*flags, one.distribution.removeprefix("lora-lite-")]
         lines.append(f"| {' | '.join(cells)} |")
     return f"```{{raw}} html\n{SEARCH}\n```\n\n" + "\n".join(lines) + "\n"
 
