@@ -11,9 +11,8 @@ that leads back. Meant for layers that write to the residual stream: target_role
 leaves the range of contractions. Reads the dense weight at attach; a file only fits the weights it was made on.
 r k + k parameters, r (d_in + d_out) + 2 r k multiply-accumulates per token.
 
-Clark: AntiPaSTO, 2026, arXiv:2601.07473 (the family); Arditi, Obeso, Syed, Paleka, Panickssery, Gurnee, Nanda: Refusal
-in Language Models Is Mediated by a Single Direction, 2024, arXiv:2406.11717 (directions found in activations, and taken
-out of all writers). Bases: CorDA, 2024, arXiv:2406.05223; ASVD, 2023, arXiv:2312.05821.
+Clark: AntiPaSTO, 2026, arXiv:2601.07473. Arditi, Obeso, Syed, Paleka, Panickssery, Gurnee, Nanda: Refusal in Language
+Models Is Mediated by a Single Direction, 2024, arXiv:2406.11717 (one direction of activations, out of all writers).
 """
 
 from __future__ import annotations
