@@ -28,6 +28,7 @@ class _Clamp(torch.autograd.Function):
 
 def clamp_01(value: Tensor) -> Tensor:
     """Clamped to [0, 1]. Outside, the gradient that would lead further out is dropped and the one that leads back is
-    kept, where that of torch.clamp is zero for good."""
+    kept, where that of torch.clamp is zero for good. Which of the two it is, is seen for each call: outside, gradients
+    of parts of a batch do not add up to that of the batch."""
     result: Tensor = _Clamp.apply(value)  # pyright: ignore[reportAssignmentType, reportUnknownMemberType]
     return result
