@@ -46,7 +46,8 @@ class HiRAConfig(RankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0 <= self.dropout < 1:
             raise ConfigError(f"HiRAConfig(dropout={self.dropout!r}): dropout is a number from 0 to below 1")
 
 

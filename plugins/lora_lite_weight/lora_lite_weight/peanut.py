@@ -49,8 +49,8 @@ class PEANuTConfig(RankConfig):
         if self.activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise ConfigError(f"PEANuTConfig(activation={self.activation!r}): give one of {allowed}")
-        if not self.scale > 0:
-            raise ConfigError(f"PEANuTConfig(scale={self.scale!r}): the scale is above 0")
+        if not isinstance(self.scale, (int, float)) or not self.scale > 0:
+            raise ConfigError(f"PEANuTConfig(scale={self.scale!r}): the scale is a number above 0")
 
 
 Config = PEANuTConfig
