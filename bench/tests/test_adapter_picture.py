@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from lora_lite_bench.model_state import spectrum
 from lora_lite_bench.report.adapter_picture import changes_in
 from lora_lite_bench.report.command import report
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_lite as ll
@@ -98,3 +100,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert done.exit_code != 0
         assert message in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "none.safetensors"]
+
+
+@pytest.mark.parametrize("change", [lambda P: P * torch.nan, lambda P: P[:0], lambda P: P[:-1], lambda P: P[0]])
+def test_tensors_that_do_not_fit(change: Any, tmp_path: Path) -> None:
+    _, path = saved(tmp_path, "antipasto_mix")
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({**tensors, "0.lora_P": change(tensors["0.lora_P"]).contiguous()}, path, metadata)
+    done = CliRunner().invoke(report, [str(path), "--png", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "the tensors of 0 do not fit 'antipasto_mix'" in done.output
+    assert not list(tmp_path.glob("*.png"))
