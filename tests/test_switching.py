@@ -18,11 +18,10 @@ import lora_lite as ll
 
 from .models import net, token_ids, weights_hash
 from .test_variants import config
-from .usual import SPREAD
+from .usual import NEEDED, OTHERS, SPREAD
 
 IDS = token_ids(7, (6, 5))
 NAMES = SPREAD
-FOLDER = Path(__file__).parent / "variants"
 
 
 def put(model: nn.Module, variant: str, name: str = "default", seed: int = 2, **fields: Any) -> ll.Adapter:
@@ -241,34 +240,27 @@ def test_rows_equal_single_runs(training: bool) -> None:
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("[a-z]*.py"))])
-def test_rows_of_variants_written_elsewhere(name: str) -> None:
-    """Those of the proofs that run alone on the small model; routing leaves their code alone."""
-    ll.register(FOLDER / f"{name}.py", name=name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_the_others(name: str) -> None:
+    model = net(torch.float64)
     try:
-        model = net(torch.float64)
-        try:
-            adapters = [ll.attach(model, ll.LoraLiteConfig(variant=name), name=one) for one in ("a", "b")]
-        except ll.LoraLiteError as error:
-            pytest.skip(f"needs more than a model: {error}")
-        model.eval()  # or some draw random numbers
-        torch.manual_seed(0)
-        for adapter in adapters:
-            for parameter in adapter.parameters():
-                parameter.data.add_(0.1 * torch.randn_like(parameter))
-        rows = ["a", "b", None, "a"]
-        ids = token_ids(3, (4, 5))
-        try:
-            expected = []
-            for row, one in enumerate(rows):
-                with ll.active(model, *([one] if one else [])):
-                    expected.append(out(model, ids[row : row + 1]))
-        except ll.LoraLiteError as error:
-            pytest.skip(f"needs more than a call: {error}")
-        with ll.routed(model, rows):
-            torch.testing.assert_close(out(model, ids), torch.cat(expected), rtol=1e-9, atol=1e-10)
-    finally:
-        ll.unregister(name)
+        cfg = ll.LoraLiteConfig(variant=name, **NEEDED.get(name, {}))
+        adapters = [ll.attach(model, cfg, name=one) for one in ("a", "b")]
+    except ll.LoraLiteError as error:
+        pytest.skip(f"needs more than a model: {error}")
+    model.eval()  # or some draw random numbers
+    torch.manual_seed(0)
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    rows = ["a", "b", None, "a"]
+    ids = token_ids(3, (4, 5))
+    expected = []
+    for row, one in enumerate(rows):
+        with ll.active(model, *([one] if one else [])):
+            expected.append(out(model, ids[row : row + 1]))
+    with ll.routed(model, rows):
+        torch.testing.assert_close(out(model, ids), torch.cat(expected), rtol=1e-9, atol=1e-10)
 
 
 def test_what_is_written_inside_a_block_counts(tmp_path: Path) -> None:
