@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,31 @@ def output(model: nn.Module) -> Tensor:
     return model.eval()(token_ids())
 
 
-THEIRS: dict[str, Any] = {"bitfit": lambda: peft.BeftConfig(target_modules=NAMES)}
-OURS: dict[str, ll.AdapterConfig] = {"bitfit": ll.BitFitConfig(target_names=NAMES)}
+def boft(**fields: Any) -> Any:
+    with warnings.catch_warnings():  # of an extension that cannot be built here
+        warnings.simplefilter("ignore")
+        return peft.BOFTConfig(target_modules=NAMES, **fields)
+
+
+THEIRS: dict[str, Any] = {
+    "bitfit": lambda: peft.BeftConfig(target_modules=NAMES),
+    "boft: default": boft,
+    "boft: blocks": lambda: boft(boft_block_size=0, boft_block_num=2),
+    "oft: default": lambda: peft.OFTConfig(target_modules=NAMES, oft_block_size=8),
+    "oft: series": lambda: peft.OFTConfig(target_modules=NAMES, oft_block_size=4, num_cayley_neumann_terms=3),
+    "oft: exact": lambda: peft.OFTConfig(target_modules=NAMES, oft_block_size=8, use_cayley_neumann=False),
+    "oft: constrained": lambda: peft.OFTConfig(target_modules=NAMES, oft_block_size=8, coft=True, eps=0.5),
+    "oft: shared": lambda: peft.OFTConfig(target_modules=NAMES, oft_block_size=8, block_share=True),
+    "oft: shared blocks": lambda: peft.OFTConfig(
+        target_modules=["q_proj", "v_proj"], r=2, oft_block_size=0, block_share=True
+    ),
+}
+OURS: dict[str, ll.AdapterConfig] = {
+    "bitfit": ll.BitFitConfig(target_names=NAMES),
+    "boft": ll.BOFTConfig(block_size=4, factors=1, target_names=NAMES),
+    "oft: constrained": ll.OFTConfig(block_size=8, coft=True, eps=0.4, target_names=NAMES),
+    "oft: shared series": ll.OFTConfig(block_size=8, terms=6, block_share=True, target_names=NAMES),
+}
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -66,3 +91,39 @@ def test_ours_are_opened_there_and_come_back(case: str, tmp_path: Path) -> None:
     again = base()
     assert ll.import_peft(again, tmp_path / "ours").cfg.to_dict().keys() == OURS[case].to_dict().keys()
     torch.testing.assert_close(output(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def edited(folder: Path, **fields: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("oft", {"peft_version": "0.17.1"}, r"peft_version='0.17.1': PEFT's series was another one before 0.18.0"),
+        ("oft", {"peft_version": None}, r"use_cayley_neumann=True with peft_version=None: PEFT's series was another"),
+        ("oft", {"num_cayley_neumann_terms": 1}, r"OFTConfig\(terms=1\): a series that turns has at least 2 terms"),
+        ("oft", {"coft": True, "eps": None}, r"OFTConfig\(eps=None\): the bound on Q is a number above 0"),
+        ("oft", {"block_share": True}, r"lora_q"),
+        ("boft", {"boft_block_size": 8}, r"boft_R holds 4 blocks of 4, but boft_block_size=8 and boft_block_num=0"),
+        ("boft", {"bias": "boft_only"}, r"bias='boft_only' is not what this variant computes"),
+        ("boft", {"boft_dropout": 0.1}, r"boft_dropout=0.1 in adapter_config.json: variant 'boft' has no dropout"),
+    ],
+)
+def test_what_cannot_be_read(method: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    peft.get_peft_model(base(), THEIRS[f"{method}: default"]()).save_pretrained(tmp_path / "theirs")
+    model = base()
+    with pytest.raises(ll.AdapterFileError, match=message):
+        ll.import_peft(model, edited(tmp_path / "theirs", **fields))
+    assert not ll.adapters(model)
+
+
+def test_factors_that_peft_has_not_made(tmp_path: Path) -> None:
+    """Without its extension PEFT makes one factor, whatever its config says: the tensors count."""
+    theirs = peft.get_peft_model(base(), boft(boft_n_butterfly_factor=2))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = base()
+    adapter = ll.import_peft(model, tmp_path / "theirs")
+    assert adapter.cfg.to_dict()["factors"] == theirs.base_model.model.layers[0].up_proj.boft_R["default"].shape[0]
