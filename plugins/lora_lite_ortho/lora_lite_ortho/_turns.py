@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite_core import ConfigError
+from lora_lite_core import ConfigError, cayley_offset, skew
 
 
 def check_terms(name: str, terms: object) -> None:
     if terms is not None and (not isinstance(terms, int) or isinstance(terms, bool) or terms < 2):
         raise ConfigError(f"{name}(terms={terms!r}): a series that turns has at least 2 terms; None turns exactly")
+
+
+def rotation_offset(q: Tensor, b: int, terms: int | None) -> Tensor:
+    """Rᵢ − I (n, b, b) from upper triangles q (n, b(b−1)/2) of Q: exactly, or as a truncated series."""
+    Q = skew(q, b)
+    return cayley_offset(Q) if terms is None else series_offset(Q, terms)
 
 
 def series_offset(Q: Tensor, terms: int) -> Tensor:

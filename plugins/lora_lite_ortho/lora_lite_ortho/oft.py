@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, cayley_offset, hookimpl, skew
+from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
 
 from . import _peft_turns
-from ._turns import bounded, check_terms, series_offset, turned
+from ._turns import bounded, check_terms, rotation_offset, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,5 +76,4 @@ def forward_input(x: Tensor, params: dict[str, Tensor], cfg: OFTConfig) -> Tenso
         q = params["lora_q"].to(torch.promote_types(x.dtype, torch.float32))
         if cfg.coft:
             q = q + (bounded(q, cfg.eps) - q).detach()
-        R = cayley_offset(skew(q, b)) if cfg.terms is None else series_offset(skew(q, b), cfg.terms)  # Rᵢ − I
-        return turned(x.unflatten(-1, (-1, b)), R).flatten(-2)
+        return turned(x.unflatten(-1, (-1, b)), rotation_offset(q, b, cfg.terms)).flatten(-2)

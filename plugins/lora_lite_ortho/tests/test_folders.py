@@ -48,12 +48,22 @@ THEIRS: dict[str, Any] = {
     "oft: shared blocks": lambda: peft.OFTConfig(
         target_modules=["q_proj", "v_proj"], r=2, oft_block_size=0, block_share=True
     ),
+    "psoft: default": lambda: peft.PsoftConfig(target_modules=NAMES, r=4),
+    "psoft: pissa": lambda: peft.PsoftConfig(target_modules=NAMES, r=4, psoft_alpha=9, ab_svd_init="pissa_init"),
+    "psoft: free": lambda: peft.PsoftConfig(target_modules=NAMES, r=4, psoft_orth=False, psoft_mag_b=False),
+    "psoft: series": lambda: peft.PsoftConfig(
+        target_modules=NAMES, r=4, use_cayley_neumann=True, cayley_neumann_eps=0.2, psoft_dropout=0.1
+    ),
 }
 OURS: dict[str, ll.AdapterConfig] = {
     "bitfit": ll.BitFitConfig(target_names=NAMES),
     "boft": ll.BOFTConfig(block_size=4, factors=1, target_names=NAMES),
     "oft: constrained": ll.OFTConfig(block_size=8, coft=True, eps=0.4, target_names=NAMES),
     "oft: shared series": ll.OFTConfig(block_size=8, terms=6, block_share=True, target_names=NAMES),
+    "psoft": ll.PSOFTConfig(r=4, dropout=0.1, target_names=NAMES),
+    "psoft: pissa": ll.PSOFTConfig(r=4, start="pissa", mag_in=False, target_names=NAMES),
+    "psoft: free": ll.PSOFTConfig(r=4, orthogonal=False, target_names=NAMES),
+    "psoft: series": ll.PSOFTConfig(r=4, terms=6, bound=0.5, target_names=NAMES),
 }
 
 
@@ -109,6 +119,8 @@ def edited(folder: Path, **fields: Any) -> Path:
         ("oft", {"block_share": True}, r"lora_q"),
         ("boft", {"boft_block_size": 8}, r"boft_R holds 4 blocks of 4, but boft_block_size=8 and boft_block_num=0"),
         ("boft", {"bias": "boft_only"}, r"bias='boft_only' is not what this variant computes"),
+        ("psoft", {"ab_svd_init": "olora_init"}, r"PSOFTConfig\(start='olora'\): give 'psoft' or 'pissa'"),
+        ("psoft", {"psoft_svd": "half"}, r"psoft_svd='half': PEFT has 'full' and 'lowrank'"),
         ("boft", {"boft_dropout": 0.1}, r"boft_dropout=0.1 in adapter_config.json: variant 'boft' has no dropout"),
     ],
 )
@@ -127,3 +139,23 @@ def test_factors_that_peft_has_not_made(tmp_path: Path) -> None:
     model = base()
     adapter = ll.import_peft(model, tmp_path / "theirs")
     assert adapter.cfg.to_dict()["factors"] == theirs.base_model.model.layers[0].up_proj.boft_R["default"].shape[0]
+
+
+def test_psoft_of_an_approximate_decomposition(tmp_path: Path) -> None:
+    """Its factors are made again with PEFT's seed; they go back to no folder, because PEFT's other mode is exact."""
+    theirs = peft.get_peft_model(
+        base(), peft.PsoftConfig(target_modules=NAMES, r=4, psoft_svd="lowrank", psoft_svd_lowrank_niter=1)
+    )
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = base()
+    before = torch.get_rng_state()
+    ll.import_peft(ours, tmp_path / "theirs")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ll.MergeError, match="PEFT makes the frozen factors of PSOFT anew from the weight, and its singu"
+    ):
+        ll.export_peft(ours, tmp_path / "ours")
