@@ -205,7 +205,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "only a layer's name": ("lora", put(Q, torch.zeros(1)), "q_proj belongs to no layer of this Net that can be adapted"),
     "of an embedding": ("lora", put("embed.lora_embedding_A", torch.zeros(2, 5)), "there are tensors of embed, which the config does not sel"),
     "of a list": ("lora", put("layers.lora_A.weight", torch.zeros(2, 8)), "layers.lora_A.weight belongs to no layer of this Net"),
-    "of a norm": ("lora", put("norm.weight", torch.zeros(8)), "norm.weight belongs to no layer of this Net"),
+    "of a norm": ("lora", put("norm.weight", torch.zeros(8)), "there are tensors of norm, which the config does not select"),
     "of another block": ("lora", put("layers.7.q_proj.lora_A.weight", torch.zeros(2, 8)), "belongs to no layer of this Net"),
     "twice": ("lora", tensors(lambda t: {**t, A: torch.zeros(2, 8)}), "holds layers.0.q_proj.lora_A.weight twice, with and"),
     "bias beside": ("lora", put(f"{Q}.lora_B.bias", torch.zeros(8)), "q_proj: lora_B.bias is nothing that variant 'lora' r"),
