@@ -19,7 +19,7 @@ from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
 
 from . import _peft
 
-BENCH = {"lr": 1e-2}
+BENCH = {"lr": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

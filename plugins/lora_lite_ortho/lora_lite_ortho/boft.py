@@ -26,7 +26,7 @@ from . import _peft_butterfly
 from ._gates import shifted
 from ._turns import turned
 
-BENCH = {"lr": 1e-3}
+BENCH = {"lr": 3e-3}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from lora_lite_core import truncated_svd as svd
 from . import _peft_subspace
 from ._turns import bounded, check_terms, rotation_offset
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 2e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from ._gates import shifted
 
 LAYERS = ("block",)
 AFFINE = False  # of a whole module
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
 
 from ._gates import shifted
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
