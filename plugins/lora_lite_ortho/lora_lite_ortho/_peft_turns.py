@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from lora_lite_core import ConfigError, dense_weight
 
 from ._peft import Pair, full, linear_only, refuse
-from ._turns import bounded
 
 
 def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
     linear_only(layer, "OFT")
     q = full(params["lora_q"])
-    q = bounded(q, cfg.eps) if cfg.coft else q
     fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "bias": "none"}
     fields |= {"coft": cfg.coft, "eps": cfg.eps, "block_share": cfg.block_share}
     if cfg.terms is None:
