@@ -3,9 +3,9 @@
     y = (1 + δ) ⊙ W (R x) + b,   R = M₀ M₁ … M_{m−1},   Mᵢ = Pᵢ blockdiag(Rᵢ₁ … Rᵢₙ) Pᵢᵀ,   Rᵢⱼ = (I − Q)⁻¹ (I + Q)
 
 Q is skew-symmetric, b × b; n = d_in / b blocks. The blocks of factor i are made of two halves (b/2 inputs) that are 2ⁱ
-halves apart, as in a fast Fourier transform: with m factors each input of a stretch of b 2ᵐ⁻¹ reaches every other. q (m
-n, b(b−1)/2), the strict upper triangles, and δ (d_out), the offset of a scale of each output (the bias left out), are
-trained from zero, which makes step 0 the identity. m = 1 is OFT with that scale. Needs nothing of the base but its
+halves apart, as in a fast Fourier transform: with m factors each input of a stretch of b 2ᵐ⁻¹ reaches every other. q
+(m·n, b(b−1)/2), the strict upper triangles, and δ (d_out), the offset of a scale of each output (the bias left out),
+are trained from zero, which makes step 0 the identity. m = 1 is OFT with that scale. Needs nothing of the base but its
 bias. m d_in (b − 1) / 2 + d_out parameters, m d_in b + d_out multiply-accumulates per token. Folders of the peft
 package go both ways; it opens those with m > 1 only where its CUDA extension can be built.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +152,28 @@ def test_parity_with_peft(factors: int, by_number: bool, monkeypatch: pytest.Mon
     assert back is not None
     torch.testing.assert_close(back[1]["lora_q"], layer.lora_q.detach(), rtol=1e-6, atol=1e-7)
     assert back[0] == {**blocks, "factors": factors}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own
+def test_folders_of_several_factors_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.tuners.boft import layer as boft
+
+    monkeypatch.setattr(boft, "_FBD_CUDA", Extension)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, D_IN))
+    config = peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(5, D_IN)
+    expected = theirs(x)
+    ours = copy.deepcopy(base)
+    assert ll.import_peft(ours, tmp_path / "theirs").cfg.to_dict()["factors"] == 2
+    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base(x), expected, atol=1e-2)
+    ll.export_peft(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(x), expected, rtol=1e-4, atol=1e-5)
