@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
@@ -99,6 +103,57 @@ def test_a_model_whose_width_is_not_known() -> None:
     base = nn.Sequential(nn.ModuleList([nn.ReLU()]))
     with pytest.raises(ll.TargetError, match=r"the width of 0.0 cannot be told: no linear layer is in it"):
         ll.attach(base, config("houlsby"))
+
+
+def test_a_norm_is_as_wide_as_its_weight() -> None:
+    """Also where the model says nothing of its width, or has another one: that of a head, say."""
+    base = nn.Sequential(nn.ModuleDict({"q_norm": nn.LayerNorm(6), "norm": nn.RMSNorm(10)}))
+    base.config = type("Config", (), {"hidden_size": 10})()  # type: ignore[assignment]
+    adapter = ll.attach(base, config("houlsby", target_names=("norm",)))
+    assert {name: target.d_out for name, target in adapter.layers().items()} == {"0.q_norm": 6, "0.norm": 10}
+    del base.config
+    ll.detach(base)
+    assert len(ll.attach(base, config("houlsby", target_names=("norm",))).targets) == 2
+
+
+@ll.hookimpl
+def norm_from_peft(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    if config["peft_type"] != "OF_NORMS":
+        return None
+    return {"r": 4}, {name: tensors[name] for name in ("lora_D", "lora_U")}
+
+
+def test_a_folder_of_norms(registered: Any, tmp_path: Path) -> None:
+    """PEFT adapts norms, too; what is no layer and no norm is none of its places."""
+
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        fields = {"peft_type": "OF_NORMS", "target_modules": [name.rpartition(".")[2]], "r": 0}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
+        held = {
+            f"base_model.model.{name}.{key}": torch.ones(shape)
+            for key, shape in (("lora_D", (4, 16)), ("lora_U", (16, 4)))
+        }
+        save_file(held, tmp_path / name / "adapter_model.safetensors")
+        return tmp_path / name
+
+    own = ll.get_variant("houlsby").namespace
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OfNorms(own.Config):  # type: ignore[misc, name-defined]
+        variant = "of_norms"
+
+    module = types.ModuleType("of_norms")
+    vars(module).update({key: value for key, value in vars(own).items() if not key.startswith("__")})
+    module.from_peft, module.Config = norm_from_peft, OfNorms  # type: ignore[attr-defined]
+    registered(module, name="of_norms")
+    base = llama()
+    adapter = ll.import_peft(base, folder("model.norm"))
+    assert {name: target.d_out for name, target in adapter.layers().items()} == {"model.norm": 16}
+    with pytest.raises(ll.AdapterFileError, match="model.layers.0.lora_D belongs to no layer of this LlamaForCausalLM"):
+        ll.import_peft(llama(), folder("model.layers.0"))
 
 
 def test_wrong_layers_constant(toy: Any) -> None:

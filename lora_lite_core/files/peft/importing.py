@@ -19,7 +19,7 @@ from ...attached.adapter import Adapter
 from ...attached.attach_detach import install
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
 from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
-from ...attached.targets.places import place_of
+from ...attached.targets.places import layer_or_norm
 from ...attached.targets.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
@@ -123,7 +123,7 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
         name = key[len(path) + 1 :]
         inside = [one.rpartition(".")[2] for one in parameters if one.rpartition(".")[0] == path]
         part, name = place_of_key(modules[path], inside, name) if path and inside else ("", name)
-        place = place_of(modules[path], part) if path else None
+        place = layer_or_norm(selection.model, f"{path}.{part}" if part else path) if path else None
         if place is None:
             raise AdapterFileError(
                 f"{first_of([key])} belongs to no layer of this {type(selection.model).__name__} that can be adapted"

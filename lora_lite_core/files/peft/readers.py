@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attached.targets.places import Place, place_at
+from ...attached.targets.places import Place, layer_or_norm
 from ...attached.targets.targeting import located
 from ...attached.tensors.declared import specs_for
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
@@ -97,7 +97,7 @@ def read_parts(
     parts: dict[str, Part] = {}
     pairs = [(path, one, {**layers[path], **common}) for path in layers for one in (path, *tied.get(path, ()))]
     for leader, path, tensors in pairs:
-        config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, place_at(selection.model, path)
+        config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, layer_or_norm(selection.model, path)
         assert place is not None, path
         failure: AdapterFileError | None = None
         for variant in readers:
