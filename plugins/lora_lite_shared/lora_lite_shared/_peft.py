@@ -32,8 +32,7 @@ def widest(sizes: Sizes) -> tuple[int, int]:
 def pair_of(config: dict[str, Any], tensors: dict[str, Tensor], method: str, rows: int, sizes: Sizes) -> list[Tensor]:
     """PEFT's A (rows, largest d_in) and B (largest d_out, r), from the file or drawn anew by its key, as PEFT does."""
     key = config.get("projection_prng_key") or 0
-    saved = config.get("save_projection", True)
-    if saved:
+    if config.get("save_projection", True):
         return [tensors[f"base_model.{method}_{side}"] for side in "AB"]
     generator = torch.Generator("cpu").manual_seed(int(key))
     d_in, d_out = widest(sizes)

@@ -26,7 +26,7 @@ from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, Target, dense_
 from . import _peft_frod
 from ._frod import basis_of, category, inverse_norms, positions
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 1e-2}
 LAYERS = ("linear", "convolution")
 
 
@@ -58,11 +58,12 @@ to_peft, from_peft = hookimpl(_peft_frod.frod_to_peft), hookimpl(_peft_frod.frod
 @hookimpl
 def param_specs(d_in: int, cfg: FRoDConfig, name: str) -> dict[str, ParamSpec]:
     kind, count = category(name), max(1, min(int(d_in * d_in * cfg.sparsity), d_in * (d_in - 1)))
-    places = {"trainable": False, "dtype": torch.int64, "doc": "row · d_in + column in S"}
     return {
         "lora_V": ParamSpec((d_in, d_in), trainable=False, shared=f"V_{kind}"),
         "lora_T": ParamSpec((d_in, d_in), trainable=False, shared=f"T_{kind}", doc="the inverse of V, transposed"),
-        "lora_at": ParamSpec((count,), positions(d_in), shared=f"at_{kind}", **places),
+        "lora_at": ParamSpec(
+            (count,), positions(d_in), False, dtype=torch.int64, shared=f"at_{kind}", doc="row · d_in + column in S"
+        ),
         "lora_w": ParamSpec((d_in,), "ones", trainable=False, doc="1/Λ₀, 0 where Λ₀ is"),
         "lora_l": ParamSpec((d_in,), doc="δ"),
         "lora_s": ParamSpec((count,), doc="the entries of S"),

@@ -26,7 +26,7 @@ from lora_lite_core import ConfigError, ParamSpec, RankConfig, Target, hookimpl,
 
 from ._peft import Pair, Sizes, fill_corners, vera_from_peft, vera_to_peft
 
-BENCH = {"lr": 2e-2}
+BENCH = {"lr": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, project
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 2e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from lora_lite_core import (
 
 from . import _peft_tinylora
 
-BENCH = {"lr": 1e-2}
+BENCH = {"lr": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

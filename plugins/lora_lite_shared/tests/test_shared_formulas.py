@@ -205,5 +205,6 @@ def test_it_learns(name: str) -> None:
     from lora_lite_bench.run import Job, run
 
     lr = ll.get_variant(name).bench.get("lr", 5e-3)
-    losses = run(Job("shifted", {"batch_size": 64}, name, {}, seed=0, lr=lr, steps=30, whole=False)).losses
+    fields = {"r": 8} if name == "tinylora" else {}  # two directions of the weight are too few for this task
+    losses = run(Job("shifted", {"batch_size": 64}, name, fields, seed=0, lr=lr, steps=30, whole=False)).losses
     assert sum(losses[-3:]) / 3 < 0.3 * losses[0], losses
