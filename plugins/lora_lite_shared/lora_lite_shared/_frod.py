@@ -41,8 +41,9 @@ def basis_of(layers: Sequence[nn.Module], ridge: float) -> tuple[Tensor, Tensor]
     """V and the transpose of its inverse, float64: V = Rᵀ E, where R is the triangle of the QR decomposition of the
     weights on top of each other, and E the eigenvectors of the mean of (Qᵢᵀ Qᵢ + ridge)⁻¹, Qᵢ the rows of layer i. With
     fewer rows than columns these are the right singular vectors, scaled so that Λ₀ is around 1 as it is else."""
-    total = sum(_gram(layer) for layer in layers)
-    assert isinstance(total, Tensor)
+    total = _gram(layers[0])
+    for layer in layers[1:]:
+        total = total + _gram(layer).to(total.device)
     R, failed = torch.linalg.cholesky_ex(total, upper=True)
     diagonal = R.diagonal()
     rows = sum(dense_weight(layer).shape[0] for layer in layers)
@@ -53,7 +54,7 @@ def basis_of(layers: Sequence[nn.Module], ridge: float) -> tuple[Tensor, Tensor]
     inverse = torch.linalg.solve_triangular(R, identity, upper=True)
     mean = torch.zeros_like(R)
     for layer in layers:
-        mean += torch.linalg.inv(inverse.T @ _gram(layer) @ inverse + ridge * identity) / len(layers)
+        mean += torch.linalg.inv(inverse.T @ _gram(layer).to(R.device) @ inverse + ridge * identity) / len(layers)
     E = torch.linalg.eigh(mean).eigenvectors
     return R.T @ E, inverse @ E
 

@@ -77,9 +77,9 @@ def group_init(targets: tuple[Target, ...], cfg: FRoDConfig) -> None:
         kinds.setdefault((category(target.name), target.d_in), []).append(target)
     for members in kinds.values():
         V, T = basis_of([target.layer for target in members], cfg.ridge)
-        members[0].params["lora_V"].copy_(V)
-        members[0].params["lora_T"].copy_(T)
         for target in members:
+            target.params["lora_V"].copy_(V)  # one for all of them, or for those of a device
+            target.params["lora_T"].copy_(T)
             target.params["lora_w"].copy_(inverse_norms(dense_weight(target.layer).to(T) @ T))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,7 +51,8 @@ class LilyConfig(RankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("stride", 1), ("experts", 2)):
-            if (given := getattr(self, name)) != int(given) or given < least:
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, int) or given < least:
                 raise ConfigError(f"LilyConfig({name}={given!r}): a whole number of at least {least}")
 
 
@@ -75,7 +75,7 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: LilyConfig) ->
     if not cfg.average:
         return F.linear((p.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2), B).to(y.dtype).add_(y)
     mean = p.reshape(-1, cfg.experts).mean(0)
-    mixed = torch.einsum("oer,e->or", B.unflatten(1, (cfg.experts, cfg.r)), mean)
+    mixed = (B.unflatten(1, (cfg.experts, cfg.r)) * mean[:, None]).sum(1)
     return F.linear(hidden, mixed).to(y.dtype).add_(y)
 
 
