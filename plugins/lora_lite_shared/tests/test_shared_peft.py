@@ -201,3 +201,52 @@ def test_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ll.AdapterFileError, match=text):
         ll.import_peft(model, tmp_path / "theirs")
     assert not ll.adapters(model)
+
+
+BROKEN: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
+    "a vector that the bank has not": (
+        "vb_lora, K alone", "logits_A_topk_indices", lambda t: t + 9, r"vblora_logits_A_topk_indices chooses vector \d+ of 10",
+    ),
+    "a number that θ has not": (
+        "uni_lora, places saved", "indices_B", lambda t: t + 100, r"unilora_indices_B names number \d+ of theta_d_length=100",
+    ),
+    "another basis in one layer": (
+        "randlora", "0.up_proj.randlora_A", lambda t: t + 1, r"randlora_A of this layer is not base_model.randlora_A",
+    ),
+    "places outside of S": ("frod", "frod_s_indices.up_proj", lambda t: t + 16, r"frod_V \(16, 16\) is not square, or frod_s_indices"),
+    "an A that is not shared": (
+        "lily, two blocks share", "1.up_proj.lily_A.weight", lambda t: t + 1, r"lora_A differs from that of another layer, and",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_files_that_do_not_hold_together(case: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    which, ending, change, text = BROKEN[case]
+    _, config, fields = CASES[which]
+    theirs(config, fields).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    names = [name for name in held if name.endswith(ending)]
+    assert names
+    save_file({**held, **{name: change(held[name]) for name in names}}, tmp_path / "adapter_model.safetensors")
+    model = net()
+    with pytest.raises(ll.AdapterFileError, match=text):
+        ll.import_peft(model, tmp_path)
+    assert not ll.adapters(model)
+
+
+def test_directions_that_a_weight_has_not(tmp_path: Path) -> None:
+    """PEFT's FRoD trains rounding noise where one layer with more columns than rows is alone of its kind."""
+    model = peft.get_peft_model(net(), peft.FrodConfig(target_modules=["0.down_proj"], progressbar=False))
+    model.save_pretrained(tmp_path / "fresh")
+    ours = net()
+    ll.import_peft(ours, tmp_path / "fresh")
+    torch.testing.assert_close(ours(token_ids()), net()(token_ids()), rtol=1e-5, atol=1e-5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ll.AdapterFileError, match=r"trains \d+ directions that this layer's weight has not"):
+        ll.import_peft(net(), tmp_path / "trained")
