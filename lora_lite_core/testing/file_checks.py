@@ -152,14 +152,16 @@ def check_peft_round_trip(s: Subject) -> None:
     if to_peft is None or from_peft is None:
         return
     model, adapter = s.trained()
+    sizes = {name: (target.d_in, target.d_out) for name, target in adapter.layers().items()}
     for name, target in adapter.layers().items():
         layer = model.get_submodule(name)
         params = {bare: tensor.detach() for bare, tensor in target.params.items()}
         try:
-            config, tensors = to_peft({"params": params, "cfg": target.cfg, "layer": layer})
+            about = {"layer": layer, "name": name, "sizes": sizes}
+            config, tensors = to_peft({"params": params, "cfg": target.cfg, **about})
         except MergeError:
             return  # a form of the method that PEFT has not
-        back = from_peft({"config": config, "tensors": tensors, "layer": layer})
+        back = from_peft({"config": config, "tensors": tensors, **about})
         must(back is not None, f"from_peft does not know what to_peft wrote of {name}: {config}")
         again = dict(back[1]) if back else {}
         saved = [*target.saved, *(bare for bare, shared in target.shared.items() if shared.key)]
