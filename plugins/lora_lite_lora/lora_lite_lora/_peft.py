@@ -18,7 +18,7 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
 
 
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    if config["peft_type"] != "LORA" or config.get("use_dora"):
+    if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("kasa_config"):
         return None
     for name in ("use_qalora", "lora_bias"):
         if config.get(name) not in (None, False, "none"):

@@ -6,7 +6,7 @@ import pytest
 
 import lora_lite as ll
 
-NAMES = ["corda", "lora_ga", "lora_sb", "olora"]
+NAMES = ["adalora", "corda", "dylora", "kasa", "lora_ga", "lora_sb", "olora", "sora"]
 
 
 @pytest.mark.slow
