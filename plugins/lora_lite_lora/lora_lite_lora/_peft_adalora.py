@@ -29,6 +29,8 @@ def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[
     r, alpha = config["init_r"], config["lora_alpha"]
     config.get("r")  # PEFT does not use it here
     Q, l, P = tensors["lora_A"], tensors["lora_E"].flatten(), tensors["lora_B"]
+    if r > max(Q.shape[1], len(P)):
+        raise ConfigError(f"init_r={r} is more than the {max(Q.shape[1], len(P))} dimensions of the layer")
     gone = r - len(l)
     if gone < 0 or (gone and not config.get("rank_pattern")):
         raise ConfigError(f"lora_E has {len(l)} singular values, but init_r={r} and rank_pattern has none of it")

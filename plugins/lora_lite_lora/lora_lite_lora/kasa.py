@@ -29,7 +29,7 @@ from . import _peft_kasa
 
 BENCH = {"lr": 5e-3}
 IDENTITY_ATOL = 0.1
-IDENTITY_REASON = "the r smallest singular triplets are taken out of the weight; what that changes, depends on the base"
+IDENTITY_REASON = "the r smallest singular triplets are taken out of the weight; how much that is depends on the base"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation, 2024 (Ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: LoRAGAConfig,
 
 def loss_of(output: Any, batch: Any) -> Tensor:
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", output)
-    if loss is None and isinstance(batch, dict) and "input_ids" in batch:
+    if loss is None and isinstance(batch, Mapping) and "input_ids" in batch:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
     return logits.float().square().mean() if loss is None else loss
 

@@ -279,7 +279,14 @@ def test_ranks_of_their_own_do_not_fit_into_peft(tmp_path: Path) -> None:
         ll.export_peft(model, tmp_path / "none")
 
 
-def test_a_folder_that_was_cut_without_saying_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("r", "message"),
+    [
+        (6, r"lora_E has 4 singular values, but init_r=6 and rank_pattern has none of it"),
+        (1_000_000_000, "init_r=1000000000 is more than the 16 dimensions of the layer"),
+    ],
+)
+def test_a_folder_that_was_cut_without_saying_so(tmp_path: Path, r: int, message: str) -> None:
     theirs = theirs_of()
     theirs.save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs/adapter_config.json"
