@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_lite_core import (
     ConfigError,
@@ -34,7 +33,7 @@ from lora_lite_core import (
     dense_weight,
     dropped,
     hookimpl,
-    project,
+    lowrank_delta,
     sketch,
     truncated_svd,
 )
@@ -91,7 +90,6 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: CorDAConfig, 
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: CorDAConfig, training: bool) -> Tensor:
-    x = dropped(x, cfg, training)
-    dh, h = cfg.scale * project(x, params["lora_dA"]), cfg.scale * project(x, params["lora_A0"])
-    B0, dB = params["lora_B0"].to(dh.dtype), params["lora_dB"].to(dh.dtype)
-    return F.linear(h + dh, dB).add_(F.linear(dh, B0)).to(y.dtype).add_(y)
+    A0, B0, dA, dB = (params[f"lora_{key}"] for key in ("A0", "B0", "dA", "dB"))
+    A, B = torch.cat([A0 + dA, dA]), torch.cat([dB, B0], 1)  # both terms in one product
+    return lowrank_delta(dropped(x, cfg, training), A, B, cfg.scale).to(y.dtype).add_(y)

@@ -77,9 +77,10 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: KaSAConfig, generator
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: KaSAConfig, training: bool) -> Tensor:
-    out, h = project(x, params["lora_V"]), project(dropped(x, cfg, training), params["lora_A"])
+    h, out = project(dropped(x, cfg, training), params["lora_A"]), project(x, params["lora_V"])
     U, B, l = (params[name].to(h.dtype) for name in ("lora_U", "lora_B", "lora_l"))
-    return F.linear(h * (cfg.scale * l), B).sub_(F.linear(out, U)).to(y.dtype).add_(y)
+    h = torch.cat([h * (cfg.scale * l), out], -1)  # both terms in one product
+    return F.linear(h, torch.cat([B, -U], 1)).to(y.dtype).add_(y)
 
 
 @hookimpl

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_lite_core import DropoutConfig, ParamSpec, TargetError, dense_weight, dropped, hookimpl, project, sketch
+from lora_lite_core import DropoutConfig, ParamSpec, TargetError, dense_weight, dropped, hookimpl, lowrank_delta, sketch
 
 from . import _peft_offsets
 
@@ -61,12 +60,9 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: OLoRAConfig) -> None:
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: OLoRAConfig, training: bool) -> Tensor:
-    x = dropped(x, cfg, training)
-    dh, h = project(x, params["lora_dA"]), project(x, params["lora_A0"])
-    B0, dB = params["lora_B0"].to(dh.dtype), params["lora_dB"].to(dh.dtype)
-    if cfg.scale != 1.0:
-        dh, h = dh * cfg.scale, h * cfg.scale
-    return F.linear(h + dh, dB).add_(F.linear(dh, B0)).to(y.dtype).add_(y)
+    A0, B0, dA, dB = (params[f"lora_{key}"] for key in ("A0", "B0", "dA", "dB"))
+    A, B = torch.cat([A0 + dA, dA]), torch.cat([dB, B0], 1)  # both terms in one product
+    return lowrank_delta(dropped(x, cfg, training), A, B, cfg.scale).to(y.dtype).add_(y)
 
 
 @hookimpl
