@@ -34,7 +34,7 @@ class AdaLoRAConfig(DropoutConfig):
     """Config of AdaLoRA; r is the rank of each layer at first.
 
     target_r         mean rank of the layers at the end; None is two thirds of r, rounded up
-    total_step       steps of the training: set it, or training ends before the ranks have
+    total_step       steps of the whole training, over which the schedule is laid: set it
     tinit, tfinal    steps with all ranks at first, and with those that stay at the end
     interval         steps from one choice to the next
     beta1, beta2     how much of the mean of sensitivities, and of distances from it, stays at a step
