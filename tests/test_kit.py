@@ -304,6 +304,30 @@ def forgets_the_scale_on_the_way_to_peft(v: types.SimpleNamespace) -> None:
     v.from_peft = ll.hookimpl(lambda tensors: ({}, {"lora_A": tensors["a"], "lora_B": tensors["b"]}))
 
 
+@caught_by("peft_round_trip")
+def forgets_what_it_has_masked_on_the_way_to_peft(v: types.SimpleNamespace) -> None:
+    """The mask is a schedule's own state and need not come back, but the layer computes something else without."""
+    specs = v.param_specs
+    v.param_specs = ll.hookimpl(
+        lambda d_in, d_out, cfg: {**specs(d_in, d_out, cfg), "lora_m": ll.ParamSpec((cfg.r,), "ones", as_buffer=True)}
+    )
+    v.forward = ll.hookimpl(
+        lambda x, y, params: (
+            y + delta(x, {**params, "lora_A": params["lora_m"][:, None] * params["lora_A"]}).to(y.dtype)
+        )
+    )
+
+    def before_step(targets: Any) -> None:
+        for target in targets:
+            target.params["lora_m"][0] = 0
+
+    v.before_step = ll.hookimpl(before_step)
+    v.to_peft = ll.hookimpl(lambda params: ({"peft_type": "WRONG"}, {"a": params["lora_A"], "b": params["lora_B"]}))
+    v.from_peft = ll.hookimpl(
+        lambda tensors: ({}, {"lora_A": tensors["a"], "lora_B": tensors["b"], "lora_m": torch.ones(2)})
+    )
+
+
 @caught_by("any_leading_shape")
 def two_dimensions_only(v: types.SimpleNamespace) -> None:
     def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -565,6 +589,16 @@ def test_a_variant_that_asks_for_training_may_draw_then(registered: Any) -> None
     )
     registered(namespace, name="wrong")
     assert [r.message for r in run_checks(WrongConfig()) if not r.ok] == []
+
+
+@pytest.mark.parametrize(("declared", "outcome"), [(0.5, "passed"), (0.1, "failed")])
+def test_a_declared_deviation_holds_in_bfloat16_too(registered: Any, declared: float, outcome: str) -> None:
+    namespace = right()
+    namespace.forward = ll.hookimpl(lambda y: y + 0.3)
+    namespace.IDENTITY_ATOL, namespace.IDENTITY_REASON = declared, "a shift"
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig(), only=["identity_at_start"])
+    assert result.outcome == outcome, result.message
 
 
 def test_the_right_one_passes(registered: Any) -> None:

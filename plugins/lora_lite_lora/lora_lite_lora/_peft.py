@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_lite_core import ConfigError
 
-OTHERS = ("use_dora", "use_qalora", "alora_invocation_tokens")  # what makes another variant of it
+OTHERS = ("kasa_config", "use_dora", "use_qalora", "alora_invocation_tokens")  # what makes another variant of it
 
 
 def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -50,7 +50,6 @@ REFUSED = {
     "monteclora_config": "samples the factors",
     "use_bdlora": "has block-diagonal factors",
     "arrow_config": "chooses between adapters at every token",
-    "kasa_config": "changes the base's weights",
     "ensure_weight_tying": "ties trained tensors to each other",
 }
 BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")  # starts with a name that leave the base as it is
@@ -79,6 +78,10 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
+def _flags(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, bool) for one in value)
+
+
 def _numbers(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(_number, value.values())))
 
@@ -101,6 +104,11 @@ TOKENS: tuple[str, _Check] = (
     lambda v: v is None or _ids(v) or (isinstance(v, dict) and all(map(_ids, v.values()))),
 )
 TABLE: tuple[str, _Check] = ("numbers by pattern", _numbers)
+WEIGHTS: tuple[str, _Check] = ("numbers by name", _numbers)
+MASKS: tuple[str, _Check] = (
+    "a list of true and false for each module",
+    lambda v: v is None or (isinstance(v, dict) and all(_flags(one) for one in v.values())),
+)
 SHARE: tuple[str, _Check] = ("a number from 0 to 1", lambda v: v is None or (_number(v) and 0 <= v <= 1))
 START: tuple[str, _Check] = ("true, false or a name", lambda v: v is None or isinstance(v, (bool, str)))
 
@@ -112,7 +120,9 @@ KINDS = {
     "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
     "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
+    "kasa_config": WEIGHTS,
 }  # fmt: skip
+OF_TYPE = {"ADALORA": {"rank_pattern": MASKS}}  # where a peft_type means something else by a field
 
 
 class Tracked(dict[str, _V]):
@@ -145,8 +155,9 @@ class Tracked(dict[str, _V]):
 
 def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
     """Raise AdapterFileError for what no variant could read, or not train on."""
+    kinds = {**KINDS, **OF_TYPE.get(str(config.get("peft_type")), {})}
     for name, value in config.items():
-        what, fits = SHARE if name.endswith("dropout") else KINDS.get(name, ("", lambda _: True))
+        what, fits = SHARE if name.endswith("dropout") else kinds.get(name, ("", lambda _: True))
         if not fits(value):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
