@@ -37,6 +37,7 @@ from .tensor_forms.forms import place_of_key, read_form
 from .tensor_forms.tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
+INDICES = "_indices"  # ends the names of PEFT's integer tensors: which entries a sparse method trains
 
 
 def import_peft(
@@ -133,7 +134,7 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
             continue
         if layer_device(modules[path]).type == "meta":
             raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and not (key.endswith(INDICES) and tensor.dtype in (torch.int32, torch.int64)):
             raise AdapterFileError(
                 f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
             )

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 # What a layer's own value of a field is looked up in, by patterns.
-PER_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "delora_lambda": "lambda_pattern"}
+PER_LAYER = {
+    "r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern", "delora_lambda": "lambda_pattern",
+}  # fmt: skip
 SELECTING = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
@@ -109,8 +111,8 @@ KINDS = {
     "modules_to_save": LIST, "target_parameters": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
     "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
     "token_indices": IDS, "trainable_token_indices": TOKENS,
-    "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
-    "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
+    "r": WHOLE, "lora_alpha": NUMBER, "alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG,
+    "use_qalora": FLAG, "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
 }  # fmt: skip
 
