@@ -1,4 +1,5 @@
-"""What other methods' folders have and LoRA's have not: `alpha` with patterns of its own, and integer tensors."""
+"""What other methods' folders have and LoRA's have not: `alpha` with patterns of its own, and integer tensors, and fields
+that may be null."""
 
 from __future__ import annotations
 
@@ -95,3 +96,14 @@ def test_integers_are_indices_alone(tmp_path: Path, key: str, dtype: torch.dtype
     save_file({**tensors, name: tensors[name].to(dtype)}, path)
     with pytest.raises(ll.AdapterFileError, match=f"{key} is {dtype}; an adapter's tensors are float64"):
         ll.import_peft(net(), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_null_where_a_lora_is_optional(tmp_path: Path, field: str) -> None:
+    written(tmp_path / "folder")
+    path = tmp_path / "folder" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for kind, told in (("PICKED", f"{field}=None in"), ("SUPERTUNING", "which_indices is nothing that|is missing, in")):
+        path.write_text(json.dumps({**config, "peft_type": kind, field: None}))
+        with pytest.raises(ll.AdapterFileError, match=told):
+            ll.import_peft(net(), tmp_path / "folder")

@@ -116,6 +116,8 @@ KINDS = {
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
 }  # fmt: skip
 
+OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha")}  # null, where there is no LoRA beside the entries
+
 
 class Tracked(dict[str, _V]):
     """A dict that remembers which of its values were read."""
@@ -149,7 +151,7 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
     """Raise AdapterFileError for what no variant could read, or not train on."""
     for name, value in config.items():
         what, fits = SHARE if name.endswith("dropout") else KINDS.get(name, ("", lambda _: True))
-        if not fits(value):
+        if not fits(value) and not (value is None and name in OPTIONAL.get(str(config["peft_type"]), ())):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
             raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")
