@@ -8,8 +8,8 @@ of the factors as LoRA does its A, and starts with A2 = 0.) Needs nothing of the
 Where r² is small the change is applied as a product of r² rows and columns, A1's by A2's and B1's by B2's: r² (d_in +
 d_out) multiply-accumulates per token; otherwise as a matrix, 2 r d_in d_out per call and d_in d_out per token.
 
-Hyeon-Woo, Ye-Bin, Oh: FedPara, 2021 (ICLR 2022), arXiv:2108.06098; for adapters: Yeh, Hsieh, Gao, Yang, Oh, Gong:
-Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023 (ICLR 2024), arXiv:2309.14859.
+Hyeon-Woo, Ye-Bin, Oh: FedPara, 2021 (ICLR 2022), arXiv:2108.06098. For adapters: Yeh, Hsieh, Gao, Yang, Oh, Gong:
+Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023, arXiv:2309.14859.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     y = W x + b + s · (w1 ⊗ w2) x,   s = alpha / r
 
-w1 (a, c) and w2 (b, d) with d_out = a b and d_in = c d, the widths being split as near to their roots as they divide,
-or by decompose_factor. w2 is a product w2_a w2_b of rank r, unless r is at least half of its larger side: then it is
-trained as it is. With decompose_both this holds of w1, too. w2 (or w2_b) starts as zeros, which makes step 0 the identity,
-the others as LoRA's A; this is LyCORIS' start. (PEFT's default starts with w1 = 0.) Needs nothing of the base.
-a c + r (b + d) parameters. x is seen as c rows of d numbers and multiplied from both sides, w1 X w2ᵀ: the product is never
-made, and c d b + a c b multiply-accumulates per token do.
+w1 (a, c) and w2 (b, d) with d_out = a b and d_in = c d: the widths are split as near to their roots as they divide, or
+by decompose_factor. w2 is a product w2_a w2_b of rank r, unless r is at least half of its larger side: then it is
+trained as it is. With decompose_both this holds of w1, too. w2 (or w2_b) starts as zeros, which makes step 0 the
+identity, the others as LoRA's A; this is LyCORIS' start. (PEFT's default starts with w1 = 0.) Needs nothing of the
+base. a c + r (b + d) parameters. x is seen as c rows of d numbers and multiplied from both sides, w1 X w2ᵀ, so that the
+Kronecker product is never made: c d b + a c b multiply-accumulates per token.
 
 Yeh, Hsieh, Gao, Yang, Oh, Gong: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation,
 2023 (ICLR 2024), arXiv:2309.14859.
