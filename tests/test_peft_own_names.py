@@ -103,7 +103,8 @@ def test_null_where_a_lora_is_optional(tmp_path: Path, field: str) -> None:
     written(tmp_path / "folder")
     path = tmp_path / "folder" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for kind, told in (("PICKED", f"{field}=None in"), ("SUPERTUNING", "which_indices is nothing that|is missing, in")):
+    for kind in ("PICKED", "SUPERTUNING"):
         path.write_text(json.dumps({**config, "peft_type": kind, field: None}))
-        with pytest.raises(ll.AdapterFileError, match=told):
+        with pytest.raises(ll.AdapterFileError) as caught:
             ll.import_peft(net(), tmp_path / "folder")
+        assert (f"{field}=None in adapter_config.json: it is a" in str(caught.value)) == (kind == "PICKED")
