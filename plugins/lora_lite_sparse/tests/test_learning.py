@@ -8,7 +8,7 @@ import lora_lite as ll
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["c3a", "fourierft", "shira", "supertuning", "waveft"])
+@pytest.mark.parametrize("name", ["c3a", "fish_mask", "fourierft", "shira", "supertuning", "waveft"])
 def test_it_learns(name: str) -> None:
     from lora_lite_bench.run import Job, run
 
