@@ -8,7 +8,7 @@ import lora_lite as ll
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["loha", "lokr"])
+@pytest.mark.parametrize("name", ["compacter", "krona", "loha", "lokr", "loretta", "quanta"])
 def test_it_learns(name: str) -> None:
     from lora_lite_bench.run import Job, run
 
