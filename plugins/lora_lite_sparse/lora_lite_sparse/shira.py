@@ -20,7 +20,7 @@ from lora_lite_core import ParamSpec, RankConfig, TargetError, hookimpl, project
 
 from . import _peft
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 1e-2}
 LAYERS = ("linear", "convolution", "experts")
 
 
