@@ -24,9 +24,9 @@ def _inside(where: Tensor, layer: Any, count: int) -> Tensor:
     return where
 
 
-def shira_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
+def shira_to_peft(params: dict[str, Tensor], cfg: Any, layer: Any) -> Pair:
     _linear_only(layer, "SHiRA")
-    where, d_in = params["lora_places"], layer.in_features  # type: ignore[attr-defined]
+    where, d_in = params["lora_places"], layer.in_features
     tensors = {"shira_indices": torch.stack([where // d_in, where % d_in]).int(), "shira_weight": params["lora_values"]}
     return {"peft_type": "SHIRA", "r": cfg.r, "mask_type": "random"}, tensors
 

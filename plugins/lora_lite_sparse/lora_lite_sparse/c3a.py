@@ -22,7 +22,7 @@ from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, TargetError, h
 
 from . import _peft
 
-BENCH = {"lr": 1e-1}
+BENCH = {"lr": 3e-1}
 LAYERS = ("linear", "convolution", "experts")
 
 

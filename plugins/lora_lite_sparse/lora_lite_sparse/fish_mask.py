@@ -24,7 +24,7 @@ from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, Target, hookim
 
 from ._fisher import fisher_information
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 5e-2}
 LAYERS = ("linear", "convolution")
 
 

@@ -30,7 +30,7 @@ from lora_lite_core import (
 
 from . import _peft
 
-BENCH = {"lr": 5e-3}
+BENCH = {"lr": 5e-2}
 LAYERS = ("linear", "convolution", "experts")
 
 

@@ -23,7 +23,7 @@ from lora_lite_core import ConfigError, ParamSpec, RankConfig, TargetError, hook
 
 LAYERS = ("block",)
 AFFINE = False
-BENCH = {"lr": 1e-2}
+BENCH = {"lr": 2e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
