@@ -8,7 +8,8 @@ can have full rank. Needs nothing of the base; b must divide d_in and d_out. d_i
 are products of real Fourier transforms, in float32 at least: O((d_in + d_out) log b) and about 2 d_in d_out / b
 multiply-accumulates per token.
 
-Chen, Zhang, et al.: Parameter-Efficient Fine-Tuning via Circular Convolution, 2024, arXiv:2407.19342.
+Chen, Cheng, Liu, Gao, Tsung, Li, Li: Parameter-Efficient Fine-Tuning via Circular Convolution, 2024,
+arXiv:2407.19342.
 """
 
 from __future__ import annotations

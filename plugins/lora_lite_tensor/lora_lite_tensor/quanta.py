@@ -6,9 +6,10 @@ x is seen as a tensor whose `axes` sizes have d_in as their product (d_out: thos
 pair of axes, from the last two to the first two. It acts on these two, flattened, alike for all places of the others;
 the first that touches an axis also takes it from its size in x to that in y. S is the frozen start of T. T_k = S_k +
 dT_k, and only the offsets dT_k are trained, from zero; T x − S x is added up from the terms dT_k …, each of which is
-zero at step 0. The S_k start at random, keeping the size of x (the choice of this module). Needs nothing of the base.
-The change can have full rank. Σ (in_m in_n)(out_m out_n) parameters and as many frozen numbers: 3 · 2¹⁶ at d = 16³;
-about three times Σ d d_m d_n multiply-accumulates per token.
+zero at step 0. The S_k are random, as LoRA's A. (The authors' code gives a layer with two widths the axes of the
+larger one, and fills up with zeros.) Needs nothing of the base. The change can have full rank. Σ (in_m in_n)(out_m
+out_n) parameters and as many frozen numbers: 3 · 2¹⁶ at d = 16³; about three times Σ d d_m d_n multiply-accumulates
+per token.
 
 Chen, Dangovski, Loh, Dugan, Luo, Soljačić: QuanTA, 2024 (NeurIPS), arXiv:2406.00132.
 """
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,11 +77,7 @@ def param_specs(d_in: int, d_out: int, cfg: QuanTAConfig) -> dict[str, ParamSpec
     specs: dict[str, ParamSpec] = {}
     for gate in _gates(d_in, d_out, cfg.axes):
         (p, q), (u, v) = gate.before, gate.after
-
-        def keeps_the_size(tensor: Tensor, generator: torch.Generator) -> None:
-            tensor.normal_(std=tensor.shape[1] ** -0.5, generator=generator)
-
-        specs[f"lora_S{gate.name}"] = ParamSpec((u * v, p * q), keeps_the_size, trainable=False, doc="frozen start")
+        specs[f"lora_S{gate.name}"] = ParamSpec((u * v, p * q), "kaiming_uniform", trainable=False, doc="frozen start")
         specs[f"lora_dT{gate.name}"] = ParamSpec((u * v, p * q), doc="offset from it")
     return specs
 

@@ -62,18 +62,18 @@ def test_the_other_way() -> None:
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.lora_dT12, layer.bias))
 
 
-def test_the_start_keeps_the_size() -> None:
-    torch.manual_seed(0)
-    layer: Any = nn.Linear(512, 512, bias=False)
+def test_start() -> None:
+    layer: Any = nn.Linear(512, 512)
     adapter = ll.attach(nn.Sequential(layer), ll.QuanTAConfig())
     assert sum(p.numel() for p in adapter.parameters()) == 3 * 64 * 64
-    x = torch.randn(200, 512)
-    for tensors in adapter.layers().values():
-        for name, tensor in tensors.params.items():
-            if name == "lora_dT23":  # the last: T x − S x is S x, of the same size, where it is doubled
-                tensor.data.copy_(tensors.params["lora_S23"])
-    change = layer(x) - F.linear(x, layer.weight)
-    assert float((change.norm() / x.norm()).detach()) == pytest.approx(1, rel=0.1)
+    for name in ("12", "13", "23"):
+        assert not getattr(layer, f"lora_dT{name}").any()
+        S = getattr(layer, f"lora_S{name}")
+        assert not S.requires_grad
+        assert 0.99 / 8 < float(S.abs().max()) <= 1 / 8
+        assert float(S.std()) == pytest.approx(1 / (8 * 3**0.5), rel=0.05)
+    layer(torch.randn(3, 512)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters())
 
 
 def test_refusals() -> None:
