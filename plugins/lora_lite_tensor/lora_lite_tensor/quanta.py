@@ -28,7 +28,7 @@ from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
 
 from ._widths import factors
 
-BENCH = {"lr": 3e-3}
+BENCH = {"lr": 8e-3}
 LAYERS = ("linear", "convolution", "experts")
 
 
