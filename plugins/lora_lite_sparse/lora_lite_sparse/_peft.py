@@ -45,6 +45,8 @@ def shira_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: A
 
 def super_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
     _linear_only(layer, "Super-Tuning")
+    if int(params["lora_places"].max()) >= 2**31:
+        raise MergeError("PEFT's Super-Tuning counts entries with 32 bits, and the layer has more")
     fields = {"peft_type": "SUPERTUNING", "sparsity": cfg.sparsity, "select_top": not cfg.smallest}
     tensors = {"supertuning_indices": params["lora_places"].int(), "supertuning_values": params["lora_values"]}
     return {**fields, "save_precomputed_indices": True}, tensors

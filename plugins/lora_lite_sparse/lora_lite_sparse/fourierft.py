@@ -47,6 +47,9 @@ class FourierFTConfig(AdapterConfig):
         super().__post_init__()
         if not isinstance(self.n_frequency, int) or self.n_frequency < 1:
             raise ConfigError(f"FourierFTConfig(n_frequency={self.n_frequency!r}): a whole number of at least 1")
+        for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
+            if not isinstance(value := getattr(self, name), kinds):
+                raise ConfigError(f"FourierFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
 
 
 Config = FourierFTConfig

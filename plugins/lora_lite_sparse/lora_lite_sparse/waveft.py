@@ -52,6 +52,9 @@ class WaveFTConfig(AdapterConfig):
         super().__post_init__()
         if not isinstance(self.n_frequency, int) or self.n_frequency < 1:
             raise ConfigError(f"WaveFTConfig(n_frequency={self.n_frequency!r}): a whole number of at least 1")
+        for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
+            if not isinstance(value := getattr(self, name), kinds):
+                raise ConfigError(f"WaveFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
         if self.wavelet_family not in DAUBECHIES:
             known = ", ".join(DAUBECHIES)
             raise ConfigError(f"WaveFTConfig(wavelet_family={self.wavelet_family!r}): the wavelets here are {known}")

@@ -44,6 +44,8 @@ class KronAConfig(AdapterConfig):
         for name, size in (("a1", self.a1), ("a2", self.a2)):
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ConfigError(f"KronAConfig({name}={size!r}): a whole number of at least 1, or None")
+        if not isinstance(self.scaling, (int, float)):
+            raise ConfigError(f"KronAConfig(scaling={self.scaling!r}): a number")
 
 
 Config = KronAConfig
