@@ -21,7 +21,7 @@ from lora_lite_core.testing.check import CHECKS
 
 from .usual import NEEDED, SPREAD
 
-SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "trainable_tokens": {"rows": (1, 5)}, **NEEDED}
+SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "c3a": {"block_size": 8}, "trainable_tokens": {"rows": (1, 5)}, **NEEDED}
 EXPECTED = {
     "antipasto_ablate": {
         "gradients": "outside of its bounds the clamp keeps the gradient that leads back, whatever the outer one",

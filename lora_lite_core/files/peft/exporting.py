@@ -107,7 +107,7 @@ def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict
     """One config of the modules' own: the commonest rank and alpha, the others as patterns."""
     first = dict(next(iter(fields.values())))
     for key, pattern in PER_LAYER.items():
-        if pattern in first:
+        if key in first and pattern in first:
             first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
             first[pattern] = {f"^{re.escape(path)}": own[key] for path, own in fields.items() if own[key] != first[key]}
     free = {key for key, pattern in PER_LAYER.items() if pattern in first}

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 # What a layer's own value of a field is looked up in, by patterns.
-PER_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "delora_lambda": "lambda_pattern"}
+PER_LAYER = {
+    "r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern", "delora_lambda": "lambda_pattern",
+}  # fmt: skip
 SELECTING = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
@@ -117,12 +119,14 @@ KINDS = {
     "modules_to_save": LIST, "target_parameters": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
     "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
     "token_indices": IDS, "trainable_token_indices": TOKENS, "alora_invocation_tokens": SOME,
-    "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
-    "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
+    "r": WHOLE, "lora_alpha": NUMBER, "alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG,
+    "use_qalora": FLAG, "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
     "kasa_config": WEIGHTS,
 }  # fmt: skip
 OF_TYPE = {"ADALORA": {"rank_pattern": MASKS}}  # where a peft_type means something else by a field
+
+OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha")}  # null, where there is no LoRA beside the entries
 
 
 class Tracked(dict[str, _V]):
@@ -158,7 +162,7 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
     kinds = {**KINDS, **OF_TYPE.get(str(config.get("peft_type")), {})}
     for name, value in config.items():
         what, fits = SHARE if name.endswith("dropout") else kinds.get(name, ("", lambda _: True))
-        if not fits(value):
+        if not fits(value) and not (value is None and name in OPTIONAL.get(str(config["peft_type"]), ())):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
             raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")
