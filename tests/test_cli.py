@@ -180,7 +180,7 @@ def test_a_file_is_enough(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert f"mine: {path} is run" in result.output
         assert "mine: 1 of 1 promises kept" in result.output
-        assert ll.get_variant("mine").bench == {"lr": 2e-2}
+        assert ll.get_variant("mine").bench == {"lr": 1e-2}
     finally:
         ll.unregister("mine")
     for text, message in (("1/0", "cannot be run: ZeroDivisionError"), (None, "is no file of a Python module")):

@@ -209,5 +209,7 @@ def test_threads_have_calls_of_their_own() -> None:
 def test_the_kit_is_green() -> None:
     from lora_lite_core.testing import run_checks
 
-    results = run_checks(ll.LoraLiteConfig(variant="alora", r=4))  # LoRA, on the kit's model, which has no tokens
+    results = run_checks(
+        ll.LoraLiteConfig(variant="alora", r=4, invocation_tokens=(1,))
+    )  # LoRA, on the kit's model, which has no tokens
     assert not [result.message for result in results if not result.ok]

@@ -21,13 +21,19 @@ from lora_lite_core.testing.check import CHECKS
 
 from .usual import NEEDED, SPREAD
 
-SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "c3a": {"block_size": 8}, "trainable_tokens": {"rows": (1, 5)}, **NEEDED}
+SMALL: dict[str, dict[str, Any]] = {
+    "antipasto": {"r": 8},
+    "c3a": {"block_size": 8},
+    "trainable_tokens": {"rows": (1, 5)},
+    **NEEDED,
+}
 EXPECTED = {
     "antipasto_ablate": {
         "gradients": "outside of its bounds the clamp keeps the gradient that leads back, whatever the outer one",
         "routed": "the same: gradients of parts of a batch do not add up there",
     },
     "deft": {"peft_round_trip": "PEFT keeps P, which is read as the start of an offset: another file, the same layer"},
+    "lily": {"routed": "its routers average over the tokens of a call, as published; average=False does not"},
     "uni_lora": {"start_does_not_depend_on_other_layers": "its projection is normalised over all layers: PᵀP = I"},
     "dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"},
     "trainable_tokens": {"embeddings": "rows are tokens: inputs of an embedding, outputs of a linear layer, its head"},

@@ -87,7 +87,7 @@ def test_alpha_by_pattern_both_ways(tmp_path: Path) -> None:
     assert torch.equal(other(x), model(x))
 
 
-@pytest.mark.parametrize(("key", "dtype"), [("which_indices", torch.uint8), ("shift", torch.int64)])
+@pytest.mark.parametrize(("key", "dtype"), [("which_indices", torch.bool), ("shift", torch.int64)])
 def test_integers_are_indices_alone(tmp_path: Path, key: str, dtype: torch.dtype) -> None:
     written(tmp_path / "folder")
     path = tmp_path / "folder" / "adapter_model.safetensors"

@@ -90,7 +90,7 @@ def test_capitals_are_kept(tmp_path: Path) -> None:
 def test_copies_of_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
         ll.ConfigError,
-        match="--from hrra: not a variant of this project; choose from lora, trainable_tokens, antipasto",
+        match="--from hrra: not a variant of this project; choose from adalora, alora, corda",
     ):
         new_package("my-copy", tmp_path, "Ada L.", "hrra")
     assert list(tmp_path.iterdir()) == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -122,37 +120,26 @@ def norm_from_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "OF_NORMS":
         return None
-    return {"r": 4}, {name: tensors[name] for name in ("lora_D", "lora_U")}
+    return {}, {"lora_h": tensors["lora_h"]}
 
 
-def test_a_folder_of_norms(registered: Any, tmp_path: Path) -> None:
+def test_a_folder_of_norms(toy: Any, registered: Any, tmp_path: Path) -> None:
     """PEFT adapts norms, too; what is no layer and no norm is none of its places."""
 
     def folder(name: str) -> Path:
         (tmp_path / name).mkdir()
-        fields = {"peft_type": "OF_NORMS", "target_modules": [name.rpartition(".")[2]], "r": 0}
+        fields = {"peft_type": "OF_NORMS", "target_modules": [name.rpartition(".")[2]]}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
-        held = {
-            f"base_model.model.{name}.{key}": torch.ones(shape)
-            for key, shape in (("lora_D", (4, 16)), ("lora_U", (16, 4)))
-        }
+        held = {f"base_model.model.{name}.lora_h": torch.ones(16)}
         save_file(held, tmp_path / name / "adapter_model.safetensors")
         return tmp_path / name
 
-    own = ll.get_variant("houlsby").namespace
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class OfNorms(own.Config):  # type: ignore[misc, name-defined]
-        variant = "of_norms"
-
-    module = types.ModuleType("of_norms")
-    vars(module).update({key: value for key, value in vars(own).items() if not key.startswith("__")})
-    module.from_peft, module.Config = norm_from_peft, OfNorms  # type: ignore[attr-defined]
-    registered(module, name="of_norms")
+    toy.LAYERS, toy.from_peft = ("block",), norm_from_peft
+    registered(toy, name="toy")
     base = llama()
     adapter = ll.import_peft(base, folder("model.norm"))
     assert {name: target.d_out for name, target in adapter.layers().items()} == {"model.norm": 16}
-    with pytest.raises(ll.AdapterFileError, match="model.layers.0.lora_D belongs to no layer of this LlamaForCausalLM"):
+    with pytest.raises(ll.AdapterFileError, match="model.layers.0.lora_h belongs to no layer of this LlamaForCausalLM"):
         ll.import_peft(llama(), folder("model.layers.0"))
 
 

@@ -70,7 +70,7 @@ def combine(
         for path, each in found.items()
     }
     whole = max(1, *(needed(S, COMPLETE) for _, S, _ in parts.values()))
-    own = [getattr(target.cfg, "r", 0) for target in targets.values()]
+    own = [_rank(target) for target in targets.values()]
     size = rank or (whole if method == "exact" else min(whole, max(1, *own)))
     with tempfile.TemporaryDirectory() as folder:
         result = LoRAExport(Path(folder) / name, size)
@@ -89,11 +89,16 @@ def _changes(
     for name, weight in weights.items():
         for path, target in targets_of(model, name).items():
             held = targets.setdefault(path, target)
-            if getattr(target.cfg, "r", 0) > getattr(held.cfg, "r", 0):
+            if _rank(target) > _rank(held):
                 targets[path] = target
             for one in single(target):
                 found.setdefault(one.name, []).append((weight, change_of(one, inactive=True)))
     return targets, found
+
+
+def _rank(target: Target) -> int:
+    """0 for methods without, and for those that take all there is."""
+    return getattr(target.cfg, "r", 0) or 0
 
 
 def _checked(weights: Mapping[str, float], rank: int | None, method: str, density: float) -> Rule:

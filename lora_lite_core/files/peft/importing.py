@@ -19,7 +19,7 @@ from ...attached.adapter import Adapter
 from ...attached.attach_detach import install
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
 from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
-from ...attached.targets.places import layer_or_norm
+from ...attached.targets.places import layer_or_norm, place_of
 from ...attached.targets.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
