@@ -43,7 +43,9 @@ def facts(name: str) -> Facts:
     trained = sum(parameter.numel() for parameter in adapter.parameters())
     parameters = trained / (D_IN * D_OUT + D_OUT)
     x = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(1))
-    extra = _macs(model, x) - _macs(_base(), x)
+    extra = _macs(model, x)
+    with ll.disabled(model):
+        extra -= _macs(model, x)
     names = ("forward_input", "forward", "before_step", "penalty")
     return Facts(
         name,
@@ -65,18 +67,23 @@ def _base() -> nn.Sequential:
     return nn.Sequential(nn.Linear(D_IN, D_OUT, bias=True))
 
 
-def _config(variant: Any, **more: Any) -> ll.AdapterConfig:
-    fields = variant.Config.__dataclass_fields__
-    own: dict[str, Any] = {"r": 8} if "r" in fields else {}
-    own |= {"rows": (1, 2), "target_names": ()} if "rows" in fields and "tied" in fields else {}
+OWN: dict[str, dict[str, Any]] = {
+    "alora": {"invocation_tokens": (1,)},
+    "c3a": {"block_size": 64},
+    "trainable_tokens": {"rows": (1, 2), "target_names": ()},
+}
+
+
+def _config(variant: Any) -> ll.AdapterConfig:
+    own: dict[str, Any] = {"r": 8} if issubclass(variant.Config, ll.RankConfig) else {}
     if "linear" not in variant.layers:
         own["target_names"] = (r"^0$",)
-    return variant.Config(**{**own, **more})
+    return variant.Config(**{**own, **OWN.get(variant.name, {})})
 
 
 def _attached(variant: Any) -> tuple[nn.Module, ll.Adapter, bool]:
     """A model with the adapter, and whether that took data."""
-    model = _base() if "linear" in variant.layers else nn.Sequential(nn.Sequential(nn.Linear(D_IN, D_IN)))
+    model = _base() if "linear" in variant.layers else nn.Sequential(nn.LayerNorm(D_IN))
     try:
         return model, ll.attach(model, _config(variant)), False
     except ll.CalibrationError:
