@@ -4,6 +4,7 @@ training_params.json, under the default_training_params.json of a folder above."
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ QUANTIZED = {"int4": "fp4", "int8": "int8"}
 WITHOUT_EFFECT = ("eval_steps", "compile", "attn_implementation")  # on the scores at the end
 ONLY: Mapping[str, Any] = {"optimizer_type": "AdamW", "use_amp": False, "init_kv_cache_prefix": None}
 VARIANTS = ("pissa", "eva")  # that PEFT calls a start of LoRA
+STARTS = ("gaussian", "orthogonal")  # that our LoRA calls a start, too
 
 
 def read_experiment(folder: Path, make_task: Callable[[dict[str, Any]], Task]) -> Protocol:
@@ -114,18 +116,30 @@ def adapter_fields(folder: Path, model: nn.Module) -> tuple[str, dict[str, Any]]
             ll.import_peft(made.unload(), place)
     except Exception as error:
         raise TaskError(f"{plain(folder / ADAPTER)} has no counterpart here: {told(error)}") from error
-    found = [adapter.cfg for adapter in ll.adapters(model).values()]
+    found = list(ll.adapters(model).values())
     if len(found) > 1:
-        names = " and ".join(cfg.variant for cfg in found)
+        names = " and ".join(adapter.cfg.variant for adapter in found)
         raise TaskError(f"{plain(folder / ADAPTER)} is {names} here, two adapters: compare them one by one")
-    method = start if start in VARIANTS else found[0].variant
-    fields = {**found[0].to_dict(), **({"init": start} if start in ("gaussian", "orthogonal") else {})}
-    return method, _beside_defaults(method, fields)
+    (adapter,) = found
+    if any(target.cfg != adapter.cfg for target in adapter.layers().values()):
+        raise TaskError(f"{plain(folder / ADAPTER)} has settings of single layers, as rank_pattern; take them out")
+    method = start if start in VARIANTS else adapter.cfg.variant
+    fields = {**adapter.cfg.to_dict(), "target_names": _patterns(model, list(adapter.layers()))}
+    return method, _beside_defaults(method, {**fields, **({"init": start} if start in STARTS else {})})
+
+
+def _patterns(model: nn.Module, names: list[str]) -> list[str]:
+    """Regular expressions that select these layers of the model and no others: of their last names where that is so."""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    called = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    exact = called == set(names)
+    return [rf"(^|\.){re.escape(one)}$" for one in last] if exact else [f"^{re.escape(name)}$" for name in names]
 
 
 def _beside_defaults(method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     default = ll.LoraLiteConfig(variant=method).to_dict()
-    return {name: value for name, value in fields.items() if name in default and value != default[name]}
+    known = default.keys() - {"variant"}
+    return {name: value for name, value in fields.items() if name in known and value != default[name]}
 
 
 def _json(path: Path, *, needed: bool = True) -> dict[str, Any]:

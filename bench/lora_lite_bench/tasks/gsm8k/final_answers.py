@@ -49,12 +49,12 @@ def number(answer: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r" \1", text.replace("\\$", "$").replace("\\%", "%"))
+    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r" \1", text)
     return _trimmed(text).replace("$", "").replace("\\!", "").lower().strip()
 
 
 def _trimmed(text: str) -> str:
-    return text.lstrip(" \t$").rstrip(" \t.!?$%")
+    return text.replace("\\%", "%").replace("\\$", "$").lstrip(" \t$").rstrip(" \t.!?$%")
 
 
 def _stated(text: str) -> str | None:

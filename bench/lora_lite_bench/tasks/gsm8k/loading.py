@@ -48,7 +48,8 @@ def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> 
     more: dict[str, Any] = {"quantization_config": _bitsandbytes(quantize, dtype)} if quantize else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device()}, **more)
     if checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return loaded.eval(), tokenizer
 
 
