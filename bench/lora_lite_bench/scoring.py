@@ -11,6 +11,7 @@ from torch import nn
 
 from .memory import AtOnce
 from .processes import processes
+from .stopping import go_on
 from .tasks import Batch, Split, Task, rows
 from .training import on_device, parts
 
@@ -48,6 +49,7 @@ def _each(task: Task, model: nn.Module, processor: Any, split: Split, work: Call
         mine = batch if processes().count == 1 else task.part(batch, processes().share(rows(batch)))
         if not rows(mine):
             continue
+        go_on()
         at_once.size = min(at_once.size, rows(mine))
         found += at_once.attempt(lambda size, mine=mine: [work(part) for part in parts(task, mine, size)])
     return processes().gathered(found)

@@ -19,6 +19,7 @@ import lora_lite_core as ll
 from .base import schedule
 from .memory import AtOnce
 from .processes import processes
+from .stopping import go_on
 from .tasks import Batch, Recipe, Task, rows
 from .unfinished import State
 
@@ -63,6 +64,7 @@ class Training:
             advance()
         self.model.train()
         for batch in islice(self.task.batches(processor, "train", seed), done, self.steps):
+            go_on()
             loss = self._step(batch)
             self.losses.append(round(loss, 5))
             self.seconds = time.perf_counter() - begin

@@ -13,6 +13,7 @@ from typing import Any
 
 from .results import ResultsFile, key_of
 from .run import Job, Result, run
+from .stopping import allow, stop
 from .sweep import Plan
 
 Submit = Callable[[Job, Path], "Future[Result]"]
@@ -31,8 +32,12 @@ def workers(count: int, advance: Callable[[], None] = nothing, threads: int | No
         with ThreadPoolExecutor(1, initializer=quiet, initargs=(threads,)) as thread:
             try:
                 yield lambda job, place: thread.submit(run, job, place, advance)
+            except BaseException:
+                stop()
+                raise
             finally:
                 thread.shutdown(wait=True, cancel_futures=True)
+                allow()
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +20,11 @@ from lora_lite_bench.methods import FULL
 from lora_lite_bench.results import ResultsFile, read
 from lora_lite_bench.run import Job, Result, run
 from lora_lite_bench.scoring import score, valid_loss
+from lora_lite_bench.stopping import Stopped
 from lora_lite_bench.tasks import Batch, Recipe, Task, rows
 from lora_lite_bench.tasks.gsm8k import Gsm8k
 from lora_lite_bench.training import Training, parts
+from lora_lite_bench.workers import workers
 from torch import Tensor, nn
 
 from bench.tests.word_problems import write_data, write_model
@@ -175,6 +177,22 @@ def test_a_killed_run_goes_on_where_it_was(
     assert whole.losses == expected.losses, "killed while it was scored"
 
 
+def test_ctrl_c_ends_a_run_at_its_next_step(places: dict[str, str], tmp_path: Path) -> None:
+    job, begun = Job("gsm8k", {**places, **SMALL}, "lora", {"r": 4}, 0, 1e-2, 10**6), threading.Event()
+    futures = []
+
+    def interrupted() -> None:
+        with workers(1, begun.set) as submit:
+            futures.append(submit(job, tmp_path / "state"))
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert isinstance(futures[0].exception(), Stopped)
+    assert run(replace(job, steps=1)).losses, "others may begin"
+
+
 def test_a_state_is_removed_when_the_line_is_there(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path / "r.jsonl")
     jobs = [Job("shifted", {}, "lora", {}, seed, 1e-3, 8) for seed in (0, 1)]
@@ -197,50 +215,64 @@ def test_of_several_processes_one_writes(tmp_path: Path) -> None:
     assert (tmp_path / "r.jsonl").read_text(encoding="utf-8") == "half"
 
 
-def command(places: dict[str, str], out: Path, *more: str) -> list[str]:
+def command(places: dict[str, str], out: Path, steps: int, *more: str) -> list[str]:
     knobs = [part for name, value in SMALL.items() for part in ("--knob", f"{name}={value}")]
     where = ["--model", places["model"], "--data", places["data"], "--out", str(out)]
     script = str(Path(sys.executable).with_name("lora-lite"))
-    return [script, "bench", "lora", "--task", "gsm8k", "--no-anchors", "--lr", "0.01", *where, *knobs, *more]
+    return [
+        script,
+        "bench",
+        "lora",
+        "--task",
+        "gsm8k",
+        "--no-anchors",
+        "--lr",
+        "0.01",
+        "--steps",
+        str(steps),
+        *where,
+        *knobs,
+        *more,
+    ]
 
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on(places: dict[str, str], tmp_path: Path) -> None:
-    out, steps = tmp_path / "r.jsonl", ["--steps", "400"]
-    with subprocess.Popen(command(places, out, *steps), stderr=subprocess.PIPE, text=True) as started:
-        deadline = time.monotonic() + 120
+    """The second command ends with the losses of a run that nobody disturbed, and one line."""
+    out, steps = tmp_path / "r.jsonl", 60
+    with subprocess.Popen(command(places, out, steps), stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 300
         while not any(tmp_path.glob("r.jsonl.unfinished/*/step-*")):
             assert started.poll() is None, started.stderr and started.stderr.read()
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.01)
         started.send_signal(signal.SIGKILL)
     assert not out.exists()
     (kept,) = tmp_path.glob("r.jsonl.unfinished/*/step-*")
-    subprocess.run(command(places, out, *steps), check=True, capture_output=True)
-    undisturbed = tmp_path / "other.jsonl"
-    subprocess.run(command(places, undisturbed, *steps), check=True, capture_output=True)
-    one, other = (next(r for r in read([path]) if r.kind == "run") for path in (out, undisturbed))
-    assert int(kept.name.partition("-")[2]) < 400
-    assert one.outcome.losses == other.outcome.losses  # type: ignore[union-attr]
+    assert int(kept.name.partition("-")[2]) < steps
+    subprocess.run(command(places, out, steps), check=True, capture_output=True)
+    (line,) = [record for record in read([out]) if record.kind == "run"]
+    expected = run(line.job)
+    assert line.outcome.losses == pytest.approx(expected.losses, abs=1e-4)  # type: ignore[union-attr]
     assert not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(places: dict[str, str], tmp_path: Path) -> None:
-    """By torchrun, each with a share of every batch; one of them writes."""
+    """By torchrun, each with a share of every batch, an example at once; one of them writes."""
+    out = tmp_path / "r.jsonl"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = ["--steps", "8", "--knob", "at_once=1"]
     subprocess.run(
-        [*torchrun, *command(places, tmp_path / "two.jsonl", *more)], check=True, capture_output=True, env=environment
+        [*torchrun, *command(places, out, 8, "--knob", "at_once=1")], check=True, capture_output=True, env=environment
     )
-    subprocess.run(command(places, tmp_path / "one.jsonl", *more), check=True, capture_output=True, env=environment)
-    one, two = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("one", "two"))
-    assert [line["kind"] for line in two] == [line["kind"] for line in one] == ["run", "costs"]
-    assert [line["key"] for line in two] == [line["key"] for line in one]
-    assert two[0]["run"]["losses"] == pytest.approx(one[0]["run"]["losses"], abs=1e-4)
-    assert two[0]["run"]["valid_loss"] == pytest.approx(one[0]["run"]["valid_loss"], abs=1e-4)
-    assert two[0]["run"]["test"] == one[0]["run"]["test"]
+    assert [record.kind for record in read([out])] == ["run", "costs"]
+    two: Any = read([out])[0]
+    one = run(two.job)
+    assert two.outcome.losses == pytest.approx(one.losses, abs=1e-4)
+    assert two.outcome.valid_loss == pytest.approx(one.valid_loss, abs=1e-4)
+    assert (two.outcome.test, two.outcome.valid) == (one.test, one.valid)
+    assert two.outcome.at_once == 1
 
 
 def test_gsm8k_keeps_states_and_takes_the_whole_machine() -> None:

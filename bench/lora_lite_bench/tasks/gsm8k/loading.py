@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -54,6 +55,7 @@ def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> 
 
 
 def _bitsandbytes(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of its casts at every layer and step
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype)
