@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train and compare variants on small tasks: paired seeds, swept rates, anchors.")
 @click.argument("variants", nargs=-1, metavar="[VARIANT|FILE.py]...")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all but gsm8k]")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all but gsm8k]"
+)
 @click.option("--knob", "knobs", multiple=True, metavar="FIELD=VALUE", help="Of the tasks, as in --knob facts=512.")
 @click.option("--full", is_flag=True, help="All small tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 @click.option(
     "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"
 )
-@click.option("--lr", type=float, help="Learning rate for all variants.  [default: a protocol's or module's own; else swept]")
+@click.option(
+    "--lr", type=float, help="Learning rate for all variants.  [default: a protocol's or module's own; else swept]"
+)
 @click.option("--sweep", is_flag=True, help="Sweep for variants that state a rate of their own, too.")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--anchors/--no-anchors", default=True, help="Frozen, full fine-tuning, head only.  [default: with them]")
@@ -70,8 +74,8 @@ def bench(
     Every variant has its learning rate swept on the validation split (by successive halving), is trained on the same
     batches for every seed, scored on the test split, saved, reloaded onto a fresh base and checked to compute the same.
     Needs no network, but for the task gsm8k, which takes a language model (--model) and its data (--data) from the hub
-    or from folders, one run after the other. Prints a table, adds one line per run to results.jsonl and writes the report results.html.
-    Stopped, the same command goes on where it was.
+    or from folders, one run after the other. Prints a table, adds one line per run to results.jsonl and writes the
+    report results.html. Stopped, the same command goes on where it was.
     """
     from rich.console import Console
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
 from lora_lite_bench.methods import ANCHORS, FULL, config_for
+from lora_lite_bench.processes import processes
 from lora_lite_bench.results import read
 from lora_lite_bench.run import Job, run
 from lora_lite_bench.tasks import TaskError, make_task, protocol_of, small_task_names, task_names
@@ -113,6 +116,50 @@ def test_no_folder_no_hub_no_model(places: dict[str, str], monkeypatch: pytest.M
         corpus.texts("test", "")
     with pytest.raises(TaskError, match=r"model /no cannot be had: [\s\S]*give --model FOLDER"):
         make_task("gsm8k", {**places, "model": "/no"}).prepare()
+
+
+def test_packages_that_are_not_there(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.texts.cache_clear()
+    task = make_task("gsm8k", {**places, "quantize": "nf4"})
+    for name, command in (("bitsandbytes", "bitsandbytes"), ("accelerate", "lora-lite-bench[gsm8k]")):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            with pytest.raises(TaskError, match=rf"needs {name}; type: pip install '{re.escape(command)}'"):
+                task.prepare()
+    corpus.texts.cache_clear()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TaskError, match=r"needs datasets; type: pip install 'lora-lite-bench\[gsm8k\]'"):
+        task.prepare()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    processes.cache_clear()
+    done = CliRunner().invoke(bench, ["lora", "--task", "gsm8k"])
+    processes.cache_clear()
+    assert "2 processes need accelerate; type: pip install 'lora-lite-bench[gsm8k]'" in done.output
+
+
+def test_models_of_the_hub_that_read_pictures_too(places: dict[str, str], tmp_path: Path) -> None:
+    """Of Qwen3.5's own checkpoints the language model is taken; one that lacks weights of it is refused."""
+    from transformers import AutoConfig, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = AutoConfig.from_pretrained(places["model"]).to_dict()
+    seen = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    for tied in (True, False):
+        config = Qwen3_5Config(
+            text_config={**text, "tie_word_embeddings": tied}, vision_config=seen, tie_word_embeddings=True
+        )
+        whole = Qwen3_5ForConditionalGeneration(config)
+        whole.save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(places["model"]).save_pretrained(tmp_path)
+        task = make_task("gsm8k", {**places, "model": str(tmp_path), "dtype": "float32"})
+        if tied:
+            model, _ = task.load()
+            theirs = whole.model.language_model.layers[1].mlp.down_proj.weight
+            assert torch.equal(model.get_submodule("model.layers.1.mlp.down_proj").weight, theirs)  # type: ignore[arg-type]
+            assert type(model).__name__ == "Qwen3_5ForCausalLM"
+        else:
+            with pytest.raises(TaskError, match="has no lm_head.weight: the language model would begin with random"):
+                task.load()
 
 
 @pytest.mark.parametrize(

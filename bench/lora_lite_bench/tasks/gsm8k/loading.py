@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain, told
 
 from ..lookup import TaskError
@@ -40,14 +41,23 @@ def check(model: str, quantize: str) -> None:
 
 
 def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> tuple[nn.Module, Any]:
-    """The model in eval mode, and its tokenizer, which pads with a token that it has (or the end of text)."""
+    """The model in eval mode, and its tokenizer, which pads with a token that it has (or the end of text). Raises
+    TaskError for a model without all of its weights, or a tokenizer that cannot end a text."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     if tokenizer.eos_token_id is None:
         raise TaskError(f"the tokenizer of {plain(model)} has no end-of-text token: answers could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     more: dict[str, Any] = {"quantization_config": _bitsandbytes(quantize, dtype)} if quantize else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device()}, **more)
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map={"": device()}, output_loading_info=True, **more
+    )
+    loaded, report = found
+    if missing := sorted(report["missing_keys"]):
+        raise TaskError(
+            f"{plain(model)} has no {plain(listed(missing, 4))}: the language model would begin with random weights "
+            "there; give --model a model that was saved with them"
+        )
     if checkpointing:
         enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
         enable({"use_reentrant": False})
