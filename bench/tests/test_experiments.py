@@ -14,8 +14,6 @@ from lora_lite_bench.results import read
 from lora_lite_bench.tasks import TaskError, make_task, protocol_of
 from lora_lite_bench.tasks.gsm8k.experiment import training_knobs
 
-from bench.tests.word_problems import write_data, write_model
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers' own
 
 DEFAULTS: dict[str, Any] = {
@@ -40,12 +38,6 @@ DEFAULTS: dict[str, Any] = {
     "attn_implementation": None,
     "init_kv_cache_prefix": None,
 }
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("experiments")
-    return {"model": str(write_model(folder / "model")), "data": str(write_data(folder / "data"))}
 
 
 def experiment(folder: Path, cfg: peft.PeftConfig, training: dict[str, Any] | None = None) -> str:
