@@ -104,7 +104,7 @@ class Comparison:
         changed = {knob: value for knob, value in set_knobs.items() if value != getattr(type(task), knob)}
         first = Job(name, changed, "", {}, self.settings(name).seeds[0], 0.0, task.steps)
         protocol = self.protocols[name]
-        for method in (protocol.methods if protocol and self.all_methods else ()) or self.methods:
+        for method in self._methods(protocol):
             given = protocol.fields_of(method, known_fields(method)) if protocol else {}
             fields = fitting(task, method, {**given, **self.fields}, "r" in self.fields)
             own = {} if self.steps or self.size == "quick" or protocol else ll.get_variant(method).bench
@@ -114,6 +114,13 @@ class Comparison:
         anchors = ANCHORS if task.trains_whole() else (FROZEN,)
         for method in anchors if self.anchors else ():
             yield replace(first, method=method, label=method)
+
+    def _methods(self, protocol: Protocol | None) -> tuple[str, ...]:
+        """Those that were named; where none were, the protocol's that are installed, or all."""
+        if not (self.all_methods and protocol and protocol.methods):
+            return self.methods
+        installed = {info.name for info in ll.list_variants() if info.state == "ok"}
+        return tuple(method for method in protocol.methods if method in installed)
 
     def _stated(self, job: Job) -> float | None:
         protocol = self.protocols[job.task]

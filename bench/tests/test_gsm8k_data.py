@@ -15,6 +15,7 @@ from lora_lite_bench.processes import processes
 from lora_lite_bench.tasks import TaskError, make_task, protocol_of, small_task_names, task_names
 from lora_lite_bench.tasks.gsm8k import corpus, encoding
 
+import lora_lite as ll
 from bench.tests.word_problems import END, write_data
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -181,6 +182,7 @@ def test_protocols_by_name() -> None:
     assert (task.model, task.steps, task.batch_size) == ("Qwen/Qwen3.5-0.8B-Base", 2500, 8)
     assert task.prompt == "Question: {query} Think step by step.\nAnswer:"
     assert ours.fields_of("pissa", known) == {"r": 32, "alpha": 32, "target_names": ("down_proj$",)}
+    assert set(ours.methods) < set(peft.methods) <= {info.name for info in ll.list_variants()}
     assert protocol_of("shifted", "", {}) is None
     with pytest.raises(TaskError, match="has no protocol 'pefd'; did you mean 'peft'.*or a folder"):
         protocol_of("gsm8k", "pefd", {})

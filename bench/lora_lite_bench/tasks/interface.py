@@ -43,7 +43,7 @@ class Protocol:
     fields   of every method's config, where it has them
     special  of single methods, over `fields`, by the method's name
     lr       learning rate; `rates` are those of single methods and anchors
-    methods  what is compared where nothing is named; () is all that is installed
+    methods  what is compared, of what is installed, where nothing is named; () is all
     seed, seeds  the first seed, and how many
     """
 

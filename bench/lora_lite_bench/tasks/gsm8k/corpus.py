@@ -58,7 +58,7 @@ def texts(part: Part, data: str) -> tuple[Text, ...]:
             f"{source.file} of task 'gsm8k' has no column {' and no '.join(lacking)}; it has "
             f"{plain(', '.join(rows.column_names))}, and needs {' and '.join(source.columns)}"
         )
-    pairs = zip(*(rows[name] for name in source.columns), strict=True)
+    pairs = zip(*(rows[name][:] for name in source.columns), strict=True)  # not row by row
     found = [Text(str(question), str(answer)) for question, answer in pairs]
     if part == "train":
         found = [text for text in found if len(f"{text.question} {text.answer}") <= LONGEST]

@@ -10,6 +10,7 @@ from ..interface import Protocol
 BASE = "Qwen/Qwen3.5-0.8B-Base"
 PROMPT = "Question: {query} Think step by step.\nAnswer:"
 FULL = "(full fine-tuning)"
+TEN = ("lora", "dora", "pissa", "eva", "lora_xs", "delora", "hra", "ia3", "ia3_ff", "antipasto")
 
 LORA_LITE = Protocol(
     knobs={},  # the task's defaults
@@ -23,6 +24,7 @@ LORA_LITE = Protocol(
     },
     lr=1e-4,
     rates={"delora": 1e-3, "ia3": 5e-3, "ia3_ff": 5e-3, "antipasto": 5e-3, "lora_xs": 4e-3, FULL: 1e-5},
+    methods=TEN,
 )
 QV: Mapping[str, Any] = {"target_names": ("q_proj$", "v_proj$")}
 PEFT = Protocol(
@@ -43,5 +45,6 @@ PEFT = Protocol(
     },
     lr=1e-4,
     rates={"delora": 1e-3, "ia3": 5e-3, "ia3_ff": 5e-3, "road": 1e-3, "lora_xs": 4e-3, "antipasto": 5e-3, FULL: 1e-5},
+    methods=(*TEN, "oft", "road"),
 )
 PROTOCOLS: Mapping[str, Protocol] = {"lora-lite": LORA_LITE, "peft": PEFT}
