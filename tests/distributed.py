@@ -249,3 +249,69 @@ def kinds(rank: int, folder: str) -> None:
         for name in ("lora", "dora"):
             model, _ = trained_kind(kind, name, rank)
             ll.save(model, Path(folder) / f"{kind} {name}.safetensors")
+
+
+def swaps(rank: int, folder: str) -> None:
+    """Another file's values into an adapter that DDP or FSDP2 holds, which goes on training; switching and strengths."""
+    found: dict[str, Tensor] = {}
+    for wrap, sharded in (("ddp", _ddp), ("fsdp2", shard)):
+        for name in ("lora", "hra", "pissa"):
+            model = base()
+            attach(model, name)
+            outer: Any = sharded(model)
+            train(outer, trained(outer), steps=2, half=rank)
+            ll.load_into(model, Path(folder) / f"{name}.safetensors")
+            with torch.no_grad():
+                found[f"{wrap} {name} swapped"] = outer(token_ids(9)).clone()
+                with ll.strength(model, {"default": -0.5}):
+                    found[f"{wrap} {name} strength"] = outer(token_ids(9)).clone()
+                with ll.active(model):
+                    found[f"{wrap} {name} off"] = outer(token_ids(9)).clone()
+                with ll.routed(model, ["default", None, "default", None]):
+                    found[f"{wrap} {name} routed"] = outer(token_ids(9, (4, 5))).clone()
+            train(outer, trained(outer), steps=2, half=rank)
+            with torch.no_grad():
+                found[f"{wrap} {name} trained"] = outer(token_ids(9)).clone()
+    if rank == 0:
+        torch.save(found, Path(folder) / "swaps.pt")
+
+
+def checkpointed(rank: int, folder: str) -> None:
+    """torch.distributed.checkpoint: what is trained of a sharded model, written by all and read back by a fresh one,
+    which goes on with its optimizer as the first does."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    found: dict[str, Tensor] = {}
+    for name in ("lora", "hra", "dora"):
+        made = []
+        for again in (False, True):
+            model = base()
+            attach(model, name)
+            shard(model)
+            optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+            if not again:
+                _steps(model, optimizer, range(2), rank)
+            weights, state = get_state_dict(model, optimizer, options=options)
+            where = f"{folder}/{name}"
+            if again:
+                dcp.load({"model": weights, "optimizer": state}, checkpoint_id=where)
+                set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+            else:
+                dcp.save({"model": weights, "optimizer": state}, checkpoint_id=where)
+            made.append((model, optimizer))
+        for which, (model, optimizer) in zip(("first", "again"), made, strict=True):
+            _steps(model, optimizer, range(2, 4), rank)
+            found[f"{name} {which}"] = model(token_ids(9)).detach()
+        ll.save(model, Path(folder) / f"{name}.safetensors")
+    if rank == 0:
+        torch.save(found, Path(folder) / "checkpointed.pt")
+
+
+def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range, half: int) -> None:
+    for number in numbers:
+        ids = token_ids(number, (4, 5))[2 * half : 2 * half + 2]
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -174,7 +174,7 @@ def test_check_with_a_field_that_does_not_fit(registered: Any, toy: Any) -> None
 def test_a_file_is_enough(tmp_path: Path) -> None:
     """It is run, and the command says so."""
     path = tmp_path / "mine.py"
-    path.write_text((Path(__file__).parent / "variants/vera.py").read_text().replace('"vera"', '"mine"'))
+    path.write_text((Path(__file__).parent / "variants/blob.py").read_text().replace('"blob"', '"mine"'))
     try:
         result = CliRunner().invoke(cli.main, ["check", str(path), "--only", "identity_at_start"])
         assert result.exit_code == 0, result.output

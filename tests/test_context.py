@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 
-VARIANT = Path(__file__).parent / "variants/alora.py"
 IDS = torch.tensor([[5, 3, 1, 2, 6], [1, 2, 4, 1, 2], [7, 7, 1, 7, 7]])  # (1, 2) begins at 2, at 3, and nowhere
 
 
@@ -44,15 +43,10 @@ class Model(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def _variant(registered: Any) -> None:
-    registered(VARIANT, name="alora")
-
-
 def adapted(seed: int = 0) -> tuple[Model, ll.Adapter]:
     torch.manual_seed(seed)
     model = Model()
-    adapter = ll.attach(model, ll.LoraLiteConfig(variant="alora", r=2, invocation=(1, 2)))
+    adapter = ll.attach(model, ll.LoraLiteConfig(variant="alora", r=2, invocation_tokens=(1, 2)))
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
     return model, adapter

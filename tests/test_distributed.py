@@ -17,11 +17,13 @@ from .distributed import (
     NAMES,
     attach,
     base,
+    checkpointed,
     each_variant,
     from_meta,
     heads,
     kinds,
     of_kind,
+    swaps,
     together,
     token_ids,
     train,
@@ -121,3 +123,38 @@ def test_other_kinds_of_layer_in_shards(tmp_path: Path) -> None:
             again, _ = of_kind(kind)
             ll.load(again, tmp_path / f"{kind} {name}.safetensors")
             torch.testing.assert_close(again(token_ids(9)), expected(token_ids(9)), rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.slow
+def test_swaps_and_switches_in_processes(tmp_path: Path) -> None:
+    expected: dict[str, torch.Tensor] = {}
+    for name in ("lora", "hra", "pissa"):
+        model = base()
+        adapter = attach(model, name)
+        train(model, trained(model), steps=3)
+        adapter.save(tmp_path / f"{name}.safetensors")
+        expected[f"{name} swapped"] = model(token_ids(9)).detach()
+        with ll.strength(model, {"default": -0.5}):
+            expected[f"{name} strength"] = model(token_ids(9)).detach()
+        expected[f"{name} off"] = base()(token_ids(9)).detach()
+        with ll.routed(model, ["default", None, "default", None]):
+            expected[f"{name} routed"] = model(token_ids(9, (4, 5))).detach()
+        train(model, trained(model), steps=2)
+        expected[f"{name} trained"] = model(token_ids(9)).detach()
+    together(swaps, str(tmp_path))
+    found = torch.load(tmp_path / "swaps.pt")
+    assert len(found) == 2 * len(expected)
+    for key, value in found.items():
+        _, _, which = key.partition(" ")
+        torch.testing.assert_close(value, expected[which], rtol=1e-3, atol=2e-4, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_torch(tmp_path: Path) -> None:
+    together(checkpointed, str(tmp_path))
+    found = torch.load(tmp_path / "checkpointed.pt")
+    for name in ("lora", "hra", "dora"):
+        torch.testing.assert_close(found[f"{name} again"], found[f"{name} first"], rtol=1e-5, atol=1e-6)
+        model = base()
+        ll.load(model, tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(model(token_ids(9)).detach(), found[f"{name} first"], rtol=1e-4, atol=1e-5)

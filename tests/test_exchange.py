@@ -76,6 +76,7 @@ THEIRS: dict[str, Any] = {
     "oft": lambda: peft.OFTConfig(
         oft_block_size=8, target_modules=LINEAR, use_cayley_neumann=False, init_weights=False
     ),
+    "oft_series": lambda: peft.OFTConfig(oft_block_size=8, target_modules=LINEAR, init_weights=False),
     "oft_blocks": lambda: peft.OFTConfig(
         r=4, oft_block_size=0, target_modules=LINEAR, use_cayley_neumann=False, init_weights=False
     ),
@@ -191,13 +192,6 @@ def test_what_cannot_be_represented_is_refused(fields: dict[str, Any], message: 
         ll.import_peft(base, edited(tmp_path / "theirs", **fields))
     assert set(base.state_dict()) == before
     assert not ll.adapters(base)
-
-
-def test_the_truncated_series_of_oft_is_refused(tmp_path: Path) -> None:
-    base = llama()
-    saved_by_peft(base, peft.OFTConfig(oft_block_size=8, target_modules=LINEAR), tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match="use_cayley_neumann=True is a truncated series"):
-        ll.import_peft(base, tmp_path / "theirs")
 
 
 def test_another_model_and_broken_folders(tmp_path: Path) -> None:

@@ -436,3 +436,17 @@ def test_a_file_that_lost_a_part_of_a_whole_module(tmp_path: Path) -> None:
     ll.detach(model)
     with pytest.raises(ll.AdapterFileError, match=r"missing: 1.1.weight, 1.1.bias"):
         ll.load(model, path)
+
+
+def test_a_name_of_the_hub_without_the_package_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_lite_core.files import folders
+
+    monkeypatch.setattr(folders, "entries", lambda group, objects: [])
+    with pytest.raises(ll.AdapterFileError) as caught:
+        ll.load(net(), "user/name")
+    assert str(caught.value) == (
+        "there is no file or folder user/name here\n  if it is a repository on the Hugging Face hub, type: pip install "
+        "lora-lite-transformers, and load it again"
+    )
+    with pytest.raises(ll.AdapterFileError, match="No such file"):
+        ll.load(net(), "user/name.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 import types
@@ -18,10 +19,16 @@ import lora_lite as ll
 from lora_lite_core.testing import run_checks, variant_checks
 from lora_lite_core.testing.check import CHECKS
 
-from .usual import SPREAD
+from .usual import NEEDED, SPREAD
 
-SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "trainable_tokens": {"rows": (1, 5)}}
+SMALL: dict[str, dict[str, Any]] = {"antipasto": {"r": 8}, "c3a": {"block_size": 8}, "trainable_tokens": {"rows": (1, 5)}, **NEEDED}
 EXPECTED = {
+    "antipasto_ablate": {
+        "gradients": "outside of its bounds the clamp keeps the gradient that leads back, whatever the outer one",
+        "routed": "the same: gradients of parts of a batch do not add up there",
+    },
+    "deft": {"peft_round_trip": "PEFT keeps P, which is read as the start of an offset: another file, the same layer"},
+    "uni_lora": {"start_does_not_depend_on_other_layers": "its projection is normalised over all layers: PᵀP = I"},
     "dora": {"gradients": "the row norms carry no gradient, section 4.3 of the paper"},
     "trainable_tokens": {"embeddings": "rows are tokens: inputs of an embedding, outputs of a linear layer, its head"},
 }
@@ -112,6 +119,27 @@ def all_zeros(v: types.SimpleNamespace) -> None:
     v.param_specs = ll.hookimpl(
         lambda d_in, d_out, cfg: {"lora_A": ll.ParamSpec((cfg.r, d_in)), "lora_B": ll.ParamSpec((d_out, cfg.r))}
     )
+
+
+@caught_by("strength")
+def adds_to_the_output_in_place(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y.detach().clone().copy_(y.add_(delta(x, params))))
+
+
+@caught_by("strength")
+def adds_more_at_every_call(v: types.SimpleNamespace) -> None:
+    calls = itertools.count()
+    v.forward = ll.hookimpl(lambda x, y, params: y + (1 + 1e-3 * next(calls)) * delta(x, params))
+
+
+@caught_by("routed")
+def depends_on_how_many_rows_there_are(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) / len(x))
+
+
+@caught_by("combined")
+def doubles_in_batches_of_six(v: types.SimpleNamespace) -> None:
+    v.forward = ll.hookimpl(lambda x, y, params: y + delta(x, params) * (1 + (len(x) == 6)))
 
 
 @caught_by("base_is_never_written")
@@ -280,6 +308,30 @@ def draws_that_are_not_saved(v: types.SimpleNamespace) -> None:
 def forgets_the_scale_on_the_way_to_peft(v: types.SimpleNamespace) -> None:
     v.to_peft = ll.hookimpl(lambda params: ({"peft_type": "WRONG"}, {"a": params["lora_A"] * 2, "b": params["lora_B"]}))
     v.from_peft = ll.hookimpl(lambda tensors: ({}, {"lora_A": tensors["a"], "lora_B": tensors["b"]}))
+
+
+@caught_by("peft_round_trip")
+def forgets_what_it_has_masked_on_the_way_to_peft(v: types.SimpleNamespace) -> None:
+    """The mask is a schedule's own state and need not come back, but the layer computes something else without."""
+    specs = v.param_specs
+    v.param_specs = ll.hookimpl(
+        lambda d_in, d_out, cfg: {**specs(d_in, d_out, cfg), "lora_m": ll.ParamSpec((cfg.r,), "ones", as_buffer=True)}
+    )
+    v.forward = ll.hookimpl(
+        lambda x, y, params: (
+            y + delta(x, {**params, "lora_A": params["lora_m"][:, None] * params["lora_A"]}).to(y.dtype)
+        )
+    )
+
+    def before_step(targets: Any) -> None:
+        for target in targets:
+            target.params["lora_m"][0] = 0
+
+    v.before_step = ll.hookimpl(before_step)
+    v.to_peft = ll.hookimpl(lambda params: ({"peft_type": "WRONG"}, {"a": params["lora_A"], "b": params["lora_B"]}))
+    v.from_peft = ll.hookimpl(
+        lambda tensors: ({}, {"lora_A": tensors["a"], "lora_B": tensors["b"], "lora_m": torch.ones(2)})
+    )
 
 
 @caught_by("any_leading_shape")
@@ -543,6 +595,16 @@ def test_a_variant_that_asks_for_training_may_draw_then(registered: Any) -> None
     )
     registered(namespace, name="wrong")
     assert [r.message for r in run_checks(WrongConfig()) if not r.ok] == []
+
+
+@pytest.mark.parametrize(("declared", "outcome"), [(0.5, "passed"), (0.1, "failed")])
+def test_a_declared_deviation_holds_in_bfloat16_too(registered: Any, declared: float, outcome: str) -> None:
+    namespace = right()
+    namespace.forward = ll.hookimpl(lambda y: y + 0.3)
+    namespace.IDENTITY_ATOL, namespace.IDENTITY_REASON = declared, "a shift"
+    registered(namespace, name="wrong")
+    (result,) = run_checks(WrongConfig(), only=["identity_at_start"])
+    assert result.outcome == outcome, result.message
 
 
 def test_the_right_one_passes(registered: Any) -> None:

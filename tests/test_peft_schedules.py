@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,14 +13,7 @@ from torch import nn
 import lora_lite as ll
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
-FOLDER = Path(__file__).parent / "variants"
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _variants(registered: Any) -> None:
-    for name in ("adalora", "lora_fa"):
-        registered(FOLDER / f"{name}.py", name=name)
 
 
 def net() -> nn.Sequential:

@@ -200,21 +200,18 @@ def test_a_forward_that_was_put_on_the_instance() -> None:
 def test_hooks_of_the_whole_model_stay_the_models() -> None:
     """Those of a method with a schedule, and of one that has something from the base."""
     model = llama()
-    AdaLora = ll.register(Path(__file__).parent / "variants/adalora.py").Config
-    try:
-        ll.attach(model, AdaLora(r=2))
-        ll.attach(model, ll.DoRAConfig(r=2), name="dora")
-        counts = len(model._forward_pre_hooks), len(model._load_state_dict_post_hooks)
-        assert all(counts)
-        view = ll.reference_view(model)
-        assert not view._forward_pre_hooks
-        assert not view._load_state_dict_post_hooks
-        kept = ll.reference_view(model, "default")
-        ll.detach(kept)
-        assert not kept._forward_pre_hooks
-        assert counts == (len(model._forward_pre_hooks), len(model._load_state_dict_post_hooks))
-    finally:
-        ll.unregister("adalora")
+    AdaLora = ll.get_variant("adalora").Config
+    ll.attach(model, AdaLora(r=2))
+    ll.attach(model, ll.DoRAConfig(r=2), name="dora")
+    counts = len(model._forward_pre_hooks), len(model._load_state_dict_post_hooks)
+    assert all(counts)
+    view = ll.reference_view(model)
+    assert not view._forward_pre_hooks
+    assert not view._load_state_dict_post_hooks
+    kept = ll.reference_view(model, "default")
+    ll.detach(kept)
+    assert not kept._forward_pre_hooks
+    assert counts == (len(model._forward_pre_hooks), len(model._load_state_dict_post_hooks))
 
 
 def test_what_is_refused() -> None:

@@ -22,15 +22,8 @@ from lora_lite_core.testing import run_checks
 
 from .models import net, token_ids
 
-FOLDER = Path(__file__).parent / "variants"
 NAMES = ["vera", "tied_lora"]
 FILE = "adapter.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _variants(registered: Any) -> None:
-    for name in NAMES:
-        registered(FOLDER / f"{name}.py", name=name)
 
 
 def config(name: str, **fields: Any) -> ll.AdapterConfig:
@@ -352,10 +345,9 @@ def test_vera_is_that_of_peft() -> None:
 
 
 def test_compiled_by_the_first_call_of_a_process() -> None:
-    code = f"""
+    code = """
 import torch, lora_lite as ll
 from torch import nn
-ll.register({str(FOLDER / "vera.py")!r})
 model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 ll.attach(model, ll.LoraLiteConfig(variant="vera", r=2))
 x = torch.randn(3, 8)

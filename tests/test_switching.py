@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,10 @@ import lora_lite as ll
 
 from .models import net, token_ids, weights_hash
 from .test_variants import config
-from .usual import SPREAD
+from .usual import NEEDED, OTHERS, SPREAD
 
 IDS = token_ids(7, (6, 5))
 NAMES = SPREAD
-FOLDER = Path(__file__).parent / "variants"
 
 
 def put(model: nn.Module, variant: str, name: str = "default", seed: int = 2, **fields: Any) -> ll.Adapter:
@@ -240,34 +240,48 @@ def test_rows_equal_single_runs(training: bool) -> None:
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("[a-z]*.py"))])
-def test_rows_of_variants_written_elsewhere(name: str) -> None:
-    """Those of the proofs that run alone on the small model; routing leaves their code alone."""
-    ll.register(FOLDER / f"{name}.py", name=name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_the_others(name: str) -> None:
+    model = net(torch.float64)
     try:
-        model = net(torch.float64)
-        try:
-            adapters = [ll.attach(model, ll.LoraLiteConfig(variant=name), name=one) for one in ("a", "b")]
-        except ll.LoraLiteError as error:
-            pytest.skip(f"needs more than a model: {error}")
-        model.eval()  # or some draw random numbers
-        torch.manual_seed(0)
-        for adapter in adapters:
-            for parameter in adapter.parameters():
-                parameter.data.add_(0.1 * torch.randn_like(parameter))
-        rows = ["a", "b", None, "a"]
-        ids = token_ids(3, (4, 5))
-        try:
-            expected = []
-            for row, one in enumerate(rows):
-                with ll.active(model, *([one] if one else [])):
-                    expected.append(out(model, ids[row : row + 1]))
-        except ll.LoraLiteError as error:
-            pytest.skip(f"needs more than a call: {error}")
-        with ll.routed(model, rows):
-            torch.testing.assert_close(out(model, ids), torch.cat(expected), rtol=1e-9, atol=1e-10)
-    finally:
-        ll.unregister(name)
+        cfg = ll.LoraLiteConfig(variant=name, **NEEDED.get(name, {}))
+        adapters = [ll.attach(model, cfg, name=one) for one in ("a", "b")]
+    except ll.LoraLiteError as error:
+        pytest.skip(f"needs more than a model: {error}")
+    model.eval()  # or some draw random numbers
+    torch.manual_seed(0)
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    rows = ["a", "b", None, "a"]
+    ids = token_ids(3, (4, 5))
+    expected = []
+    for row, one in enumerate(rows):
+        with ll.active(model, *([one] if one else [])):
+            expected.append(out(model, ids[row : row + 1]))
+    with ll.routed(model, rows):
+        torch.testing.assert_close(out(model, ids), torch.cat(expected), rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_written_inside_a_block_counts(tmp_path: Path) -> None:
+    """The tensors of many adapters are put beside each other once in a block, and again when one is written."""
+    model = net(torch.float64)
+    names = [f"a{number}" for number in range(6)]
+    adapters = [put(model, "lora", name, seed=number) for number, name in enumerate(names)]
+    adapters[1].save(tmp_path / "one.safetensors")
+    seen = []
+    with ll.routed(model, names):
+        seen += [out(model), out(model)]
+        with torch.no_grad():
+            next(iter(adapters[3].parameters())).add_(0.1)
+        seen.append(out(model))
+        ll.load_into(model, tmp_path / "one.safetensors", name="a5")
+        seen.append(out(model))
+    changed = [[row for row in range(6) if not torch.equal(a[row], b[row])] for a, b in itertools.pairwise(seen)]
+    assert changed == [[], [3], [5]]
+    for row, name in enumerate(names):
+        with ll.active(model, name):
+            torch.testing.assert_close(seen[-1][row : row + 1], out(model, IDS[row : row + 1]), rtol=1e-9, atol=1e-11)
 
 
 def test_rows_of_convolutions_and_flattened_tokens() -> None:

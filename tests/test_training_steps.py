@@ -19,15 +19,8 @@ from lora_lite_core.testing import run_checks
 from .distributed import together
 from .models import net, token_ids
 
-FOLDER = Path(__file__).parent / "variants"
 NAMES = ["adalora", "lora_fa", "vera", "tied_lora"]
 FILE = "adapter.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _variants(registered: Any) -> None:
-    for name in NAMES:
-        registered(FOLDER / f"{name}.py", name=name)
 
 
 def config(name: str) -> ll.AdapterConfig:
@@ -316,7 +309,6 @@ def train_sharded(rank: int, name: str, folder: str) -> None:
     """One of two processes: the same batches in both, so that the mean of gradients is that of one process."""
     from torch.distributed.fsdp import fully_shard
 
-    ll.register(FOLDER / f"{name}.py")
     model = net()
     ll.attach(model, config(name))
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,19 +20,9 @@ import lora_lite as ll
 from lora_lite_core.testing import run_checks
 
 from .models import Net, token_ids
-from .variants import houlsby, loreft
 
 FILE = "adapter.safetensors"
-MODULES = {"houlsby": houlsby, "loreft": loreft}
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    for module in MODULES.values():
-        ll.register(module)
-    yield
-    for name in MODULES:
-        ll.unregister(name)
+NAMES = ("houlsby", "loreft")
 
 
 def config(name: str, **fields: Any) -> ll.AdapterConfig:
@@ -49,7 +42,7 @@ def moved(adapter: ll.Adapter) -> ll.Adapter:
     return adapter
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("make", [Net, llama])
 def test_a_block_is_changed_saved_and_loaded(make: Any, name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -79,21 +72,9 @@ def test_a_block_is_changed_saved_and_loaded(make: Any, name: str, tmp_path: Pat
             call()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_kit_is_green(name: str) -> None:
     assert [result.message for result in run_checks(config(name)) if not result.ok] == []
-
-
-def test_formulas() -> None:
-    base = Net().double()
-    outputs: list[Tensor] = []
-    base.layers[1].register_forward_hook(lambda module, args, y: outputs.append(y.detach()))
-    target = moved(ll.attach(base, config("houlsby", target_names=(r"layers\.1$",)))).layers()["layers.1"]
-    changed: list[Tensor] = []
-    base.lm_head.register_forward_pre_hook(lambda module, args: changed.append(args[0].detach()))
-    base(token_ids())
-    D, U = target.params["lora_D"].detach(), target.params["lora_U"].detach()
-    torch.testing.assert_close(changed[0], outputs[0] + torch.relu(outputs[0] @ D.T) @ U.T)
 
 
 def test_positions_of_the_sequence() -> None:
@@ -124,15 +105,61 @@ def test_a_model_whose_width_is_not_known() -> None:
         ll.attach(base, config("houlsby"))
 
 
-def test_wrong_layers_constant() -> None:
-    class Wrong:
-        Config, param_specs, forward = houlsby.Config, houlsby.param_specs, houlsby.forward
-        LAYERS = ("convolutions",)
+def test_a_norm_is_as_wide_as_its_weight() -> None:
+    """Also where the model says nothing of its width, or has another one: that of a head, say."""
+    base = nn.Sequential(nn.ModuleDict({"q_norm": nn.LayerNorm(6), "norm": nn.RMSNorm(10)}))
+    base.config = type("Config", (), {"hidden_size": 10})()  # type: ignore[assignment]
+    adapter = ll.attach(base, config("houlsby", target_names=("norm",)))
+    assert {name: target.d_out for name, target in adapter.layers().items()} == {"0.q_norm": 6, "0.norm": 10}
+    del base.config
+    ll.detach(base)
+    assert len(ll.attach(base, config("houlsby", target_names=("norm",))).targets) == 2
 
-    ll.unregister("houlsby")
+
+@ll.hookimpl
+def norm_from_peft(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    if config["peft_type"] != "OF_NORMS":
+        return None
+    return {"r": 4}, {name: tensors[name] for name in ("lora_D", "lora_U")}
+
+
+def test_a_folder_of_norms(registered: Any, tmp_path: Path) -> None:
+    """PEFT adapts norms, too; what is no layer and no norm is none of its places."""
+
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        fields = {"peft_type": "OF_NORMS", "target_modules": [name.rpartition(".")[2]], "r": 0}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
+        held = {
+            f"base_model.model.{name}.{key}": torch.ones(shape)
+            for key, shape in (("lora_D", (4, 16)), ("lora_U", (16, 4)))
+        }
+        save_file(held, tmp_path / name / "adapter_model.safetensors")
+        return tmp_path / name
+
+    own = ll.get_variant("houlsby").namespace
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OfNorms(own.Config):  # type: ignore[misc, name-defined]
+        variant = "of_norms"
+
+    module = types.ModuleType("of_norms")
+    vars(module).update({key: value for key, value in vars(own).items() if not key.startswith("__")})
+    module.from_peft, module.Config = norm_from_peft, OfNorms  # type: ignore[attr-defined]
+    registered(module, name="of_norms")
+    base = llama()
+    adapter = ll.import_peft(base, folder("model.norm"))
+    assert {name: target.d_out for name, target in adapter.layers().items()} == {"model.norm": 16}
+    with pytest.raises(ll.AdapterFileError, match="model.layers.0.lora_D belongs to no layer of this LlamaForCausalLM"):
+        ll.import_peft(llama(), folder("model.layers.0"))
+
+
+def test_wrong_layers_constant(toy: Any) -> None:
+    toy.LAYERS = ("convolutions",)
     with pytest.raises(ll.BrokenPlugin, match=r"LAYERS is \('convolutions',\); give a tuple of the kinds"):
-        ll.register(Wrong)
-    ll.register(houlsby)
+        ll.register(toy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ll.attach(Net(), config("houlsby"))

@@ -21,3 +21,10 @@ USUAL_LR = {
 }
 
 SPREAD = sorted(USUAL_LR)
+
+# What those have not: tensors that layers share, schedules, penalties, gradients at the start, a router, the weight in
+# forward, what the model was called with, whole blocks.
+OTHERS = (
+    "adalora", "alora", "hira", "houlsby", "lora_fa", "lora_ga", "loreft", "molora", "randlora", "tied_lora", "vb_lora", "vera",
+)  # fmt: skip
+NEEDED = {"alora": {"invocation_tokens": (1,)}}  # fields that have no default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -10,11 +11,14 @@ from pathlib import Path
 from textwrap import indent
 
 import click
+from typeset import prose, typeset
+from variant_facts import D_IN, D_OUT, TOKENS, table
 
 import lora_lite_core as ll
 from lora_lite_core.cli import main
 from lora_lite_core.contract import hookspecs
 from lora_lite_core.contract.variant import HOOKS
+from lora_lite_core.discovery.name_conflicts import FIRST_PARTY
 from lora_lite_core.testing.runner import CHECKS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,10 +85,18 @@ fields that every config has (`target_names`, `exclude_names`, `target_roles`, `
         ]
         parts += [
             f"## {info.name}\n\n**{title}** In `{info.distribution}`.\n",
-            text(body),
+            explained(body),
             f"`{variant.Config.__name__}({', '.join(defaults)})`\n",
         ]
     return page("How each method works", *parts)
+
+
+def explained(body: str) -> str:
+    """A docstring: blocks of formulas typeset, what stands between them as prose."""
+    parts = re.split(r"((?:^ {4}.*\n)+)", body.strip("\n") + "\n", flags=re.M)
+    return "\n".join(
+        typeset(part) if part.startswith("    ") else prose(part.strip("\n")) + "\n" for part in parts if part.strip()
+    )
 
 
 def hooks() -> str:
@@ -153,7 +165,21 @@ def functions() -> str:
     return page("Functions and classes", *parts)
 
 
+def catalogue() -> str:
+    """Every first-party variant in a row of a table that can be searched."""
+    about = f"""All variants of this project's packages, measured on one linear layer {D_IN} → {D_OUT} with r = 8
+where there is a rank and defaults else; methods of whole blocks on a block. *trained*: parameters, of the layer's own;
+*work*: multiply-accumulates a token beyond the layer's own, in a batch of {TOKENS} tokens; *rank of the change*: what a
+LoRA must have to be the same ("full": more than half of the layer's, merge it instead; `export_lora` measures it for
+yours); *data*: attach needs `calibration_data`; *one base*: a file fits only the weights that it was made on; *PEFT*:
+folders of the peft package are read or written; the last column is the package.
+"""
+    names = [info.name for info in ll.list_variants() if info.distribution in FIRST_PARTY.values()]
+    return page("All variants", about, table(names))
+
+
 PAGES = {
+    "catalogue.md": catalogue,
     "methods.md": methods,
     "hooks.md": hooks,
     "promises.md": checks,

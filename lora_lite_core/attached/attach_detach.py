@@ -134,11 +134,12 @@ def _freeze(model: nn.Module, record: Record, first: bool) -> None:
         if whole.base.requires_grad:
             whole.base.requires_grad = False
             frozen.append(name)
-    ours = {id(p) for module in model.modules() for target in targets_on(module) for p in target.params.values()}
-    for name, parameter in model.named_parameters() if first else ():
-        if id(parameter) not in ours and name not in record.whole and parameter.requires_grad:
-            parameter.requires_grad = False
-            frozen.append(name)
+    if first:
+        ours = {id(p) for module in model.modules() for target in targets_on(module) for p in target.params.values()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in ours and name not in record.whole and parameter.requires_grad:
+                parameter.requires_grad = False
+                frozen.append(name)
     vars(model)[RECORDS] = replace(records, frozen=(*records.frozen, *frozen))
 
 

@@ -130,8 +130,9 @@ def check_calibration(variant: Variant, data: Any) -> None:
 def check_behaviour(targets: Iterable[Target]) -> None:
     """Raise UnsupportedLayer for layers on which adapters would go wrong; one layer of each kind is tried."""
     layers = [target for target in targets if target.kind not in ("experts", "block")]
+    layers = [t for t in layers if not is_usual(t.layer)]
     layers = [t for t in layers if not any(is_sharded(p) for p in t.layer._parameters.values())]  # looked at before
-    unusual = [t for t in layers if not is_usual(t.layer) and layer_device(t.layer).type != "meta"]
+    unusual = [t for t in layers if layer_device(t.layer).type != "meta"]
     if not unusual:
         return
     from ..layers.dry_run import misbehaviour

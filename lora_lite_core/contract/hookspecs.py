@@ -25,6 +25,7 @@ y                 (..., d_out), the output so far: of the frozen layer and of ad
 training          True while the layer is in training mode; False in evaluation, and where the core merges or exports
 config            the fields of PEFT's adapter_config.json, r and lora_alpha being this layer's own
 tensors           {name: tensor} of this layer in PEFT's file ("lora_A.weight"), or of all layers ("base_model.vera_A")
+sizes             {name: (d_in, d_out)} of all layers of the adapter, in the model's order
 
 Constants that a module may hold:
 
@@ -122,7 +123,7 @@ def fingerprint(layer: nn.Module, cfg: AdapterConfig) -> Tensor | None:
 
 @hookspec(firstresult=True)
 def to_peft(
-    params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module
+    params: dict[str, Tensor], cfg: AdapterConfig, layer: nn.Module, name: str, sizes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # type: ignore[empty-body]
     """Fields of PEFT's adapter_config.json and the layer's tensors by PEFT's names. A field "$target_modules" becomes
     the list of all layers. Raises MergeError for what PEFT cannot hold."""
@@ -130,7 +131,11 @@ def to_peft(
 
 @hookspec(firstresult=True)
 def from_peft(
-    config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    layer: nn.Module,
+    name: str,
+    sizes: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The way back: fields of this variant's config and the values of `params`; None for another method's files. Raises
     ConfigError for fields that this variant cannot represent."""

@@ -10,22 +10,19 @@ from .entry_points import Entry
 
 ALLOW, BLOCK = "LORA_LITE_PLUGINS", "LORA_LITE_BLOCK"  # environment switches: names of variants and of packages
 # For the "pip install …" hint when a first-party package is missing, and for what LORA_LITE_PLUGINS=NAME means.
-FIRST_PARTY = {
-    "lora": "lora-lite-lora",
-    "trainable_tokens": "lora-lite-lora",
-    "antipasto": "lora-lite-svd",
-    "eva": "lora-lite-svd",
-    "lora_xs": "lora-lite-svd",
-    "pissa": "lora-lite-svd",
-    "ssvd": "lora-lite-svd",
-    "delora": "lora-lite-ortho",
-    "dora": "lora-lite-ortho",
-    "hra": "lora-lite-ortho",
-    "ia3": "lora-lite-ortho",
-    "ia3_ff": "lora-lite-ortho",
-    "oft": "lora-lite-ortho",
-    "road": "lora-lite-ortho",
+_PACKAGES = {
+    "lora-lite-lora": "adalora alora corda dylora gralora kasa lora lora_fa lora_ga "
+    "lora_sb melora miss molora mora moslora olora qalora sora trainable_tokens",
+    "lora-lite-svd": "antipasto eva lora_xs pissa spectral ssvd svf svft",
+    "lora-lite-ortho": "bitfit boft delora dora hra ia3 ia3_ff ln_tuning oft psoft red road ssf",
+    "lora-lite-antipasto": "antipasto_ablate antipasto_gain antipasto_mix",
+    "lora-lite-shared": "frod lily pvera randlora tied_lora tinylora uni_lora vb_lora vera",
+    "lora-lite-tensor": "compacter krona loha lokr loretta quanta",
+    "lora-lite-sparse": "c3a fish_mask fourierft shira supertuning waveft",
+    "lora-lite-weight": "deft glora hira peanut peqa",
+    "lora-lite-repr": "direft houlsby loreft parallel",
 }
+FIRST_PARTY = {name: package for package, names in _PACKAGES.items() for name in names.split()}
 COMMANDS = {"bench": "lora-lite-bench", "report": "lora-lite-bench", "speed": "lora-lite-bench"}
 
 

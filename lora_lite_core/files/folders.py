@@ -1,14 +1,52 @@
-"""Adapters in the folder of a model, as `save_pretrained` and checkpoints of a Trainer hold them."""
+"""Which file a path means: itself, the adapter in the folder of a model (as `save_pretrained` and checkpoints of a
+Trainer hold it), or one in a repository of a hub."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ..attached.model_hooks.saving import FOLDER, adapter_path
 from ..contract.errors import AdapterFileError, did_you_mean, listed
-from ..contract.text import plain
+from ..contract.text import plain, told
+from ..discovery.entry_points import entries
 from .adapter_file import inspect
+
+GROUP, HUB = "lora_lite.hubs", "huggingface"  # entry points: fetch(repo_id, name) -> path of the file on this machine
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.safetensors)", re.ASCII)
+
+
+def file_of(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
+    """The adapter file that a path means. "user/name", where no such file or folder is here, is fetched from the hub by
+    an installed package. Raises AdapterFileError."""
+    if not isinstance(path, (str, os.PathLike)) or os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        return adapter_in(path, name)
+    if isinstance(path, str) and REPOSITORY.fullmatch(path) and not os.path.lexists(path):
+        return _fetched(path, name)
+    return path
+
+
+def _fetched(repo_id: str, name: str) -> Path:
+    hub = next((entry for entry in entries(GROUP, objects=True) if entry.name == HUB and not entry.problem), None)
+    if hub is None:
+        raise AdapterFileError(
+            f"there is no file or folder {plain(repo_id)} here\n  if it is a repository on the Hugging Face hub, type: "
+            "pip install lora-lite-transformers, and load it again"
+        )
+    try:
+        fetch: Callable[[str, str], str | os.PathLike[str]] = hub.load()
+        return Path(fetch(repo_id, name))
+    except AdapterFileError:
+        raise
+    except Exception as error:
+        raise AdapterFileError(
+            f"there is no file or folder {plain(repo_id)} here, and {plain(hub.package.name)} cannot fetch a "
+            f"repository of that name: {plain(told(error).partition(chr(10))[0], 300)}"
+        ) from error
 
 
 def adapters_in(folder: str | os.PathLike[str]) -> dict[str, Path]:

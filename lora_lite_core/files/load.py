@@ -56,7 +56,8 @@ def load(
 ) -> Adapter:
     """Attach the adapter in `path` to the layers it was on, with the values it was saved with.
 
-    path              an adapter file, or the folder of a model: then its adapter of that name, or the only one it has
+    path              an adapter file; the folder of a model: its adapter of that name, or the only one it has; or
+                      "user/name", a repository of the hub (with lora-lite-transformers), where no such path is here
     name              the name it gets here, whatever it was called when it was saved
     trainable         False keeps its tensors out of training
     on_base_mismatch  "error", "warn" or "ignore", when the file remembers another base model
@@ -66,10 +67,10 @@ def load(
     ModelStateError, UnsupportedLayer.
     """
     check_reaction(on_base_mismatch)
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
-        from .folders import adapter_in
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        from .folders import file_of
 
-        path = adapter_in(path, name)
+        path = file_of(path, name)
     with open_adapter(path) as (file, opened):
         record, targets = _checked(file, model, name, trainable)
         base: Mapping[str, Tensor] = {}

@@ -38,7 +38,7 @@ def load_into(
     `load`: a hot swap, also on a model that is compiled (without compiling it anew), in DDP, or in shards (on all of
     the processes).
 
-    path              an adapter file, or the folder of a model
+    path              an adapter file, or what else `load` takes
     on_base_mismatch  "error", "warn" or "ignore", when the file remembers another base model
 
     The file holds the same variant on the same layers. A smaller rank is padded with zeros where the layer then
@@ -51,10 +51,10 @@ def load_into(
     record, here = record_of(model, name), targets_of(model, name)
     if not record.ready:
         raise ModelStateError(f"adapter '{name}' has no values yet; load(model, path, name='{name}') gives it some")
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
-        from .folders import adapter_in
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        from .folders import file_of
 
-        path = adapter_in(path, name)
+        path = file_of(path, name)
     with open_adapter(path) as (file, opened):
         if file.variant != record.variant.name:
             raise AdapterFileError(

@@ -52,7 +52,9 @@ class AllOrNothing:
         self._modules = [
             (module, module.training, set(module._non_persistent_buffers_set), _ours(module)) for module in modules
         ]
-        self._flags = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *also)]
+        own = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
+        self._tensors = [*own, *also]
+        self._on = {id(tensor) for tensor in self._tensors if tensor.requires_grad}
         self._modes = Modes()
 
     def __enter__(self) -> None:
@@ -75,8 +77,8 @@ class AllOrNothing:
             for key in _ours(module).keys() - ours.keys():
                 del vars(module)[key]
             vars(module).update(ours)
-        for tensor, flag in self._flags:
-            tensor.requires_grad = flag
+        for tensor in self._tensors:
+            tensor.requires_grad = id(tensor) in self._on
         if self._undo is not None:
             self._undo()
 

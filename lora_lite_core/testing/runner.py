@@ -12,7 +12,7 @@ from ..contract.errors import ConfigError, did_you_mean
 
 # Each module lists its checks, in this order.
 from . import attach_checks as start, forward_checks as running, training_checks as training  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
-from . import file_checks as keeping, sharing_checks as sharing, kind_checks as kinds  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
+from . import file_checks as keeping, kind_checks as kinds, several_checks as several  # noqa: F401  # isort: skip  # pyright: ignore[reportUnusedImport]
 from .check import CHECKS, Check
 from .variant_under_test import CheckFailed, Subject
 

@@ -160,8 +160,7 @@ class Subject:
             try:
                 return attach(model, cfg, name=name, seed=seed)
             except CalibrationError:
-                dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-                data = [self.x(8, 40, dtype=dtype, seed=which) for which in range(2)]
+                data = [self.x(8, 40, dtype=dtype_of(model), seed=which) for which in range(2)]
                 return attach(model, cfg, name=name, seed=seed, calibration_data=data)
         return attach(model, cfg, name=name, seed=seed, calibration_data=self.calibration)
 
@@ -175,9 +174,8 @@ class Subject:
 
 def train(subject: Subject, model: nn.Module, adapter: Adapter, steps: int, lr: float = 1e-2) -> list[float]:
     """Regression onto a fixed rotation of the model's own output; the losses before each step."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    x = subject.x(dtype=dtype)
-    goal = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    x = subject.x(dtype=dtype_of(model))
+    goal = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
     follow(model, optimizer)
     losses = []
@@ -188,6 +186,12 @@ def train(subject: Subject, model: nn.Module, adapter: Adapter, steps: int, lr: 
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the base: an adapter's tensors, which may stand before it, are float32."""
+    named = ((name.rpartition(".")[2], p.dtype) for name, p in model.named_parameters() if p.is_floating_point())
+    return next(dtype for name, dtype in named if not name.startswith("lora_"))
 
 
 def hooks_by_hand(s: Subject) -> Iterator[tuple[str, Hook, dict[str, Any]]]:

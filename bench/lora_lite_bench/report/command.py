@@ -1,4 +1,4 @@
-"""`lora-lite report`: results files as one page, pictures, a Markdown table."""
+"""`lora-lite report`: results files as one page, pictures, a Markdown table; adapter files as pictures."""
 
 from __future__ import annotations
 
@@ -25,14 +25,25 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     "--png",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="The pictures as PNG files, made in this folder.",
+    help="The pictures as PNG files, made in this folder.  [default: this one, for adapter files]",
 )
 @click.option("--markdown", "text", type=OUT, help="The tables as Markdown.")
 def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: Path | None) -> None:
     """Merge the results FILES of `lora-lite bench` into one report.
 
     Of the same run in several files the last is taken. The page holds its pictures and asks nothing of the network.
+
+    An adapter file, FILE.safetensors, of AntiPaSTO, its family or SSVD becomes FILE.png: how far singular values are
+    shifted and singular directions turned, layer by layer.
     """
+    adapters = [path for path in files if path.suffix == ".safetensors"]
+    files = tuple(path for path in files if path not in adapters)
+    if not files and (page or text):
+        raise click.UsageError("--html and --markdown are of results; of adapter files there are pictures alone")
+    for path in adapters:
+        _draw(path, png or Path())
+    if not files:
+        return
     from ..results import read
     from ..table import tables
     from .markdown import markdown
@@ -61,3 +72,17 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
             for name, _, figure in pictures(table):
                 (png / f"{task}-{name}.png").write_bytes(as_png(figure))
         click.echo(f"{png}: {len(list(png.glob('*.png')))} pictures")
+
+
+def _draw(path: Path, folder: Path) -> None:
+    from .adapter_picture import adapter_picture
+    from .page import png
+
+    try:
+        figure = adapter_picture(path)
+    except LoraLiteError as error:
+        raise click.ClickException(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"{path.stem}.png"
+    made.write_bytes(png(figure))
+    click.echo(f"{made}: {path.name}")

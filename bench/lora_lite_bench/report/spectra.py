@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from ..table import Row, TaskTable
+from ..model_state import Change
+from ..table import TaskTable
 from .style import ACCENT, INK, headline, new
 
 
 def spectra(table: TaskTable) -> Figure | None:
     row = next((row for row in table.rows if row.first.spectrum), None)
-    if row is None:
-        return None
-    found = row.first.spectrum
-    layers = list(reversed(found))
+    return row and layer_by_layer(row.first.spectrum, f"{table.task}: {row.method}", "One row a layer, first seed.")
+
+
+def layer_by_layer(found: Mapping[str, Change], who: str, rows: str) -> Figure:
+    """What `changes` has found, by layer; `who` begins the headline, `rows` what stands below."""
+    layers = list(found)[::-1]
     figure, axes = new(11.5, 2.2 + 0.26 * len(layers), 1, 2, sharey=True)
     shifts = [[100 * abs(value) for value in found[layer]["shift"]] for layer in layers]
     angles = [[math.degrees(value) for value in found[layer]["angle"]] for layer in layers]
@@ -40,18 +44,18 @@ def spectra(table: TaskTable) -> Figure | None:
     )
     headline(
         figure,
-        _says(table, row, layers, shifts, angles),
-        "One row a layer, first seed. Orange: the median triplet (block); bar: from the 10th to the 90th "
-        "percentile; ticks: all, those beyond the left picture's edge left out.",
+        _says(who, layers, shifts, angles),
+        f"{rows} Orange: the median triplet (block); bar: from the 10th to the 90th percentile; ticks: all, those "
+        "beyond the left picture's edge left out.",
         105,
     )
     return figure
 
 
-def _says(table: TaskTable, row: Row, layers: list[str], shifts: list[list[float]], angles: list[list[float]]) -> str:
+def _says(who: str, layers: list[str], shifts: list[list[float]], angles: list[list[float]]) -> str:
     middles = [statistics.median(points) for points in shifts]
     most = layers[middles.index(max(middles))]
-    text = f"{table.task}: {row.method} shifts singular values most in {most} (median {max(middles):.0f} %)"
+    text = f"{who} shifts singular values most in {most} (median {max(middles):.0f} %)"
     turned = [statistics.median(points) for points in angles if points]
     if turned:
         at = max(range(len(angles)), key=lambda n: statistics.median(angles[n]) if angles[n] else 0)

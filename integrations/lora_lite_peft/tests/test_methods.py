@@ -12,10 +12,9 @@ from lora_lite_peft import LoraLiteConfig
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 
 import lora_lite as ll
-from tests.usual import SPREAD
+from tests.usual import NEEDED, OTHERS, SPREAD
 
 VARIANTS = SPREAD
-THIRD_PARTY = sorted((Path(__file__).parents[3] / "tests/variants").glob("[a-z]*.py"))
 
 
 def config_of(variant: str, ids: Any, **more: Any) -> LoraLiteConfig:
@@ -125,26 +124,24 @@ def test_bfloat16_and_what_is_not_a_transformers_model(tmp_path: Path) -> None:
     assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
 
 
-@pytest.mark.parametrize("file", THIRD_PARTY, ids=lambda file: file.stem)
-def test_what_others_may_write(file: Path, llama: Any, ids: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_else_methods_need(name: str, llama: Any, ids: Any, tmp_path: Path) -> None:
     """Tensors that layers share, schedules, penalties, gradients, what the model was called with: folders hold all."""
-    variant = ll.register(file)
-    try:
-        data = [{"input_ids": ids, "labels": ids}] if variant.takes_calibration else None
+    variant = ll.get_variant(name)
+    data = [{"input_ids": ids, "labels": ids}] if variant.takes_calibration else None
 
-        def make(seed: int) -> Any:
-            return get_peft_model(llama(), LoraLiteConfig(variant.Config(), seed=seed, calibration_data=data))
+    def make(seed: int) -> Any:
+        cfg = variant.Config(**NEEDED.get(name, {}))
+        return get_peft_model(llama(), LoraLiteConfig(cfg, seed=seed, calibration_data=data))
 
-        model = make(0)
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn_like(parameter)
-        expected = model(ids).logits
-        model.save_pretrained(tmp_path)
-        assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, expected)
-        other = make(1)
-        other.load_adapter(tmp_path, "default")
-        assert torch.equal(other(ids).logits, expected)
-    finally:
-        ll.unregister(variant.name)
+    model = make(0)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, expected)
+    other = make(1)
+    other.load_adapter(tmp_path, "default")
+    assert torch.equal(other(ids).logits, expected)

@@ -121,7 +121,7 @@ def test_resuming_under_another_name(llama: Any, ids: torch.Tensor, tmp_path: Pa
 
 def test_a_schedule_goes_on(llama: Any, tmp_path: Path) -> None:
     """Of a method that acts before each step, followed as everywhere."""
-    AdaLora = ll.register(Path(__file__).parents[3] / "tests/variants/adalora.py").Config
+    AdaLora = ll.get_variant("adalora").Config
 
     def run(folder: str, **more: Any) -> PeftModel:
         model = get_peft_model(llama(), LoraLiteConfig(AdaLora(r=4), task_type="CAUSAL_LM"))
@@ -130,13 +130,10 @@ def test_a_schedule_goes_on(llama: Any, tmp_path: Path) -> None:
         training.train(**more)
         return model
 
-    try:
-        whole = run("whole")
-        resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-        assert ll.adapters(resumed.get_base_model())["default"].record.step == 4
-        assert_equal(values(resumed), values(whole))
-    finally:
-        ll.unregister("adalora")
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert ll.adapters(resumed.get_base_model())["default"].record.step == 4
+    assert_equal(values(resumed), values(whole))
 
 
 def test_the_best_model_is_there_at_the_end(llama: Any, tmp_path: Path) -> None:

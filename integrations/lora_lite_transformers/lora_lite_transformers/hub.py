@@ -64,21 +64,24 @@ def load_from_hub(
     trainable: bool = True,
     on_base_mismatch: Literal["error", "warn", "ignore"] = "error",
 ) -> Adapter:
-    """`ll.load(model, …)` of an adapter in a repository "user/name" of the hub, or in a local folder of that name; only
-    its file is fetched, into huggingface_hub's cache.
+    """`ll.load(model, "user/name")` with a revision or a token: an adapter in a repository of the hub, or in a local
+    folder of that name; only its file is fetched, into huggingface_hub's cache.
 
     name  of the adapter in the repository and on the model; of the only one there is, just on the model
 
     Raises AdapterFileError where the repository holds no adapter, or several and none of that name; what `ll.load` and
     huggingface_hub raise.
     """
-    if os.path.isdir(repo_id):
-        path = str(adapter_in(repo_id, name))
-    else:
-        hub, repo = HfApi(token=token), os.fspath(repo_id)
-        chosen = _chosen(hub.list_repo_files(repo, revision=revision), repo, name)
-        path = hub.hf_hub_download(repo, chosen, revision=revision)
+    here = os.path.isdir(repo_id)
+    path = adapter_in(repo_id, name) if here else fetch(os.fspath(repo_id), name, revision=revision, token=token)
     return load(model, path, name=name, trainable=trainable, on_base_mismatch=on_base_mismatch)
+
+
+def fetch(repo_id: str, name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The adapter's file in a repository, in huggingface_hub's cache: what `ll.load(model, "user/name")` calls, too."""
+    hub = HfApi(token=token)
+    chosen = _chosen(hub.list_repo_files(repo_id, revision=revision), repo_id, name)
+    return Path(hub.hf_hub_download(repo_id, chosen, revision=revision))
 
 
 def _chosen(files: list[str], repo: str, name: str) -> str:
@@ -122,8 +125,8 @@ def model_card(files: dict[str, AdapterFile], repo_id: str, base: str, kind: str
     text = ["---", *about, "---", "", f"# {repo_id.rpartition('/')[2]}", ""]
     text += [f"Adapters for `{on_hub or kind}`, made with [lora-lite](https://pypi.org/project/lora-lite-core/).", ""]
     text += [f"    pip install {' '.join(packages)}", "", "```python"]
-    text += ["from lora_lite_transformers import load_from_hub", ""]
-    text += [f'load_from_hub(model, "{repo_id}", name="{name}")' for name in files]
+    text += ["import lora_lite as ll", ""]
+    text += [f'll.load(model, "{repo_id}", name="{name}")' for name in files]
     text += ["```", ""]
     for name, file in files.items():
         plugin = " ".join(part for part in file.plugin.values() if part) or "registered by hand"

@@ -150,6 +150,13 @@ def test_up_and_down(hub: Hub, llama: Any, ids: torch.Tensor) -> None:
     load_from_hub(again, "user/mine", name="gates", trainable=False)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert not any(one.requires_grad for one in ll.adapters(again)["gates"].parameters())
+    plain = llama()
+    ll.load(plain, "user/mine"), ll.load(plain, "user/mine", name="gates")
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        next(iter(ll.adapters(plain)["gates"].parameters())).zero_()
+    ll.load_into(plain, "user/mine", name="gates")
+    assert torch.equal(plain(ids).logits, model(ids).logits)
     push_to_hub(model, "user/one", name="gates")
     other = llama()
     assert load_from_hub(other, "user/one", name="mine").record.variant.name == "ia3"
@@ -162,7 +169,7 @@ def test_the_card(hub: Hub, llama: Any) -> None:
     for part in (
         'base_model: "somebody/base"', "library_name: lora-lite", "- hra", "| variant | `hra` |",
         f"| plugin | lora-lite-ortho {version} |", f"| lora-lite-core | {version} |", "| base | `somebody/base` |",
-        '"r": 2', "pip install lora-lite-ortho lora-lite-transformers", 'load_from_hub(model, "user/mine", name="default")',
+        '"r": 2', "pip install lora-lite-ortho lora-lite-transformers", 'll.load(model, "user/mine", name="default")',
     ):  # fmt: skip
         assert part in card, card
 
@@ -186,6 +193,10 @@ def test_what_is_not_there(hub: Hub, llama: Any, tmp_path: Path) -> None:
     assert not hub.seen, "nothing was uploaded, and no repository made"
     with pytest.raises(RepositoryNotFoundError):
         load_from_hub(model, "user/mine")
+    with pytest.raises(
+        ll.AdapterFileError, match="no file or folder user/mine here, and lora-lite-transformers cannot"
+    ):
+        ll.load(model, "user/mine")
     hub.repositories["user/mine"] = {"model.safetensors": b"", "config.json": b"{}"}
     with pytest.raises(ll.AdapterFileError) as caught:
         load_from_hub(model, "user/mine")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,21 @@ from .layer_state import LayerState, blended, run
 BATCHED_FROM = 4  # adapters of a kind: fewer are run one after the other
 
 
+class _Stack(NamedTuple):
+    """The tensors of many adapters as one, and what they were made of."""
+
+    of: list[Tensor]
+    versions: list[int]
+    params: dict[str, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class BatchRows:
     """The adapter of each row of a batch, or None."""
 
     names: tuple[str | None, ...]
     rows: dict[str, Tensor] = field(init=False)  # of each adapter: numbers of its rows
+    stacks: dict[Any, _Stack] = field(default_factory=dict)  # tensors of many adapters, while nothing is trained
 
     def __post_init__(self) -> None:
         found: dict[str, list[int]] = {}
@@ -130,14 +140,30 @@ def _together(
     return found
 
 
+def _stacked(batch: BatchRows, groups: list[Group], layer: nn.Module) -> dict[str, Tensor]:
+    """The groups' tensors by bare name, one beside the other: without gradients made once in a `routed` block, as long
+    as nobody writes them."""
+    each = [target.params_on(layer) for target, _ in groups]
+    of = [tensor for params in each for tensor in params.values()]
+    keep = not torch.is_grad_enabled() and not any(tensor.is_inference() for tensor in of)
+    versions = [tensor._version for tensor in of] if keep else []
+    key = (layer, *(target for target, _ in groups))
+    held = batch.stacks.get(key) if keep else None
+    if held is not None and held.versions == versions and all(map(operator.is_, held.of, of)):
+        return held.params
+    params = {bare: torch.stack([one[bare] for one in each]) for bare in each[0]}
+    if keep:
+        batch.stacks[key] = _Stack(of, versions, params)
+    return params
+
+
 def _batched(
     batch: BatchRows, groups: list[Group], hook: Hook, layer: nn.Module, x: Tensor, y: Tensor | None, rows: Tensor
 ) -> Tensor | None:
     """One call of the hook for all rows, each with the tensors of its adapter: `torch.func.vmap`, so that products
     become batched ones. None where the hook cannot be mapped: it looks at values, or writes in place."""
     first, sizes = groups[0][0], [len(numbers) for _, numbers in groups]
-    each = [target.params_on(layer) for target, _ in groups]
-    params = {bare: torch.stack([one[bare] for one in each]) for bare in each[0]}
+    params = _stacked(batch, groups, layer)
     if len(rows) > len(groups):
         which = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)).to(x.device)
         params = {bare: tensor[which] for bare, tensor in params.items()}

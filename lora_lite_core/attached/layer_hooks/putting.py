@@ -47,8 +47,9 @@ def _set_targets(layer: nn.Module, targets: tuple[Target, ...]) -> None:
         delattr(layer, STATE)
         return
     x_name = state.x_name if state else input_name(layer)
-    fresh = tuple(target for target in targets if target not in (state.targets if state else ()))
-    acting, lasting = ((*filter(targets.__contains__, held), *fresh) for held in _held(state))
+    there, left = ({id(target) for target in each} for each in (state.targets if state else (), targets))
+    fresh = tuple(target for target in targets if id(target) not in there)
+    acting, lasting = ((*(one for one in held if id(one) in left), *fresh) for held in _held(state))
     setattr(layer, STATE, LayerState(x_name, targets, handles, kind, acting, lasting))
     for side, handle in new.items():
         sides[side][0][handle.id] = sides[side][3]
@@ -63,9 +64,11 @@ def set_acting(layer: nn.Module, names: Sequence[str], lasting: Sequence[str], r
     state = state_of(layer)
     if state is None:
         return
+    wanted = {*names, *lasting}
     on: dict[str, list[Target]] = {}
     for target in state.targets:
-        on.setdefault(target.adapter, []).append(target)
+        if target.adapter in wanted:
+            on.setdefault(target.adapter, []).append(target)
     now, then = (tuple(one for name in each for one in on.get(name, ())) for each in (names, lasting))
     if (now, then) != (state.acting, state.lasting) or rows is not state.rows:
         setattr(layer, STATE, replace(state, acting=now, lasting=then, rows=rows))

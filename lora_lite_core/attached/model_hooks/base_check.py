@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...contract.errors import BaseMismatch, listed
 from ...contract.target import Target
 from ...contract.text import count
+from ...layers.kinds.layer_kinds import is_sharded
 from ...layers.weight_sketch import sketch_distance, sketch_tolerance
 from ..model_checks import Reaction
 from ..records import record_of, records_of, targets_of
@@ -84,9 +85,12 @@ def _after_loading(model: nn.Module, _: Any) -> None:
 
 def warn_if_stale(model: nn.Module, name: str, *, stacklevel: int) -> None:
     """Warn when weights of the base were written since the adapter was put on, and what it has from them is not true
-    any more. Only layers whose weight torch has counted a write to (or that were copied, or moved) are looked at."""
+    any more. Only layers whose weight torch has counted a write to (or that were copied, or moved) are looked at, and
+    not in shards, where that would take all processes."""
     stale: list[str] = []
     for path, target in targets_of(model, name).items():
+        if any(is_sharded(parameter) for parameter in target.layer._parameters.values()):
+            continue
         if target.base_version != (version := weight_version(target.layer, target.part)):
             if _is_stale(model, target):
                 stale.append(path)

@@ -95,7 +95,9 @@ def routed(model: nn.Module, names: Sequence[str | None]) -> Generator[None]:
 
     In training and in generation (with beams, too, whose rows stand beside each other), for every variant and mixtures
     of variants: each row as if it were run alone with its adapter. Rows of one adapter are run together; adapters of
-    one variant, config and size in one batched product where each has few rows. Strengths hold. For the whole process.
+    one variant, config and size in one batched product where each has few rows; without gradients, their tensors are
+    put beside each other once in a block, and anew when one of them is written (not through `.data`, which torch does
+    not count). Strengths hold. For the whole process.
 
     Raises AdapterNameError for unknown names, ConfigError for what is no list of names, ModelStateError for adapters
     that train whole modules, and at the call, when the batch has another number of rows, or for fused experts.

@@ -58,6 +58,14 @@ def found_at(model: nn.Module, name: str, variant: Variant) -> Place:
     return Place(module, "block", *block_sizes(model, name))
 
 
+def layer_or_norm(model: nn.Module, name: str) -> Place | None:
+    """The same of a module that PEFT has adapted: a layer, a parameter of experts, or a norm, which is a block here."""
+    place, module = place_at(model, name), module_at(model, name)
+    if place is not None or module is None or _own_width(module) is None:
+        return place
+    return Place(module, "block", *block_sizes(model, name))
+
+
 def module_at(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
@@ -71,15 +79,17 @@ def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
         if name and (place := place_of(module)) is not None:
             yield name, place
         for part in module._parameters:
-            if (place := place_of(module, part)) is not None:
+            if not part.startswith("lora_") and (place := place_of(module, part)) is not None:
                 yield f"{name}.{part}" if name else part, place
 
 
 def block_sizes(model: nn.Module, name: str) -> tuple[int, int]:
-    """The width of a block, twice: the model's hidden size, or what the first linear layer in it takes."""
-    hidden = hidden_size(model)
+    """The width of a block, twice: that of a norm's own weight, the model's hidden size, or what the first linear layer
+    in it takes."""
+    module = model.get_submodule(name)
+    hidden = _own_width(module) or hidden_size(model)
     if hidden is None:
-        inner = (target_sizes(module) for module in model.get_submodule(name).modules() if kind_of(module) == "linear")
+        inner = (target_sizes(module) for module in module.modules() if kind_of(module) == "linear")
         hidden = next((sizes[0] for sizes in inner if sizes), None)
     if hidden is None:
         raise TargetError(
@@ -87,6 +97,13 @@ def block_sizes(model: nn.Module, name: str) -> tuple[int, int]:
             "config.hidden_size"
         )
     return hidden, hidden
+
+
+def _own_width(module: nn.Module) -> int | None:
+    """Of a norm: of a module without others in it whose weight is a vector."""
+    weight = module._parameters.get("weight")
+    vector = weight is not None and weight.dim() == 1 and next(module.children(), None) is None
+    return len(weight) if vector and weight is not None else None
 
 
 def hidden_size(model: nn.Module) -> int | None:

@@ -52,10 +52,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, name: st
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     keys, common = keys_of(targets), dict[str, list[Tensor]]()
+    sizes = {path: (target.d_in, target.d_out) for path, target in targets.items()}
     for path, target in targets.items():
         adapters_alone(target, [name])
         check_usable(path, target, target.layer)
-        each = [_asked(record.variant.to_peft, one) for one in single(target)]
+        each = [_asked(record.variant.to_peft, one, path, sizes) for one in single(target)]
         fields[path] = each[0][0]
         if target.experts and fields[path].get("lora_dropout"):
             raise MergeError(f"{path}: PEFT has no dropout for fused experts; set it to 0 in the config")
@@ -93,9 +94,12 @@ def _trained(
 
 
 @torch.no_grad()
-def _asked(to_peft: Hook, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _asked(
+    to_peft: Hook, target: Target, path: str, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     params = {bare: tensor.detach() for bare, tensor in target.params.items()}
-    fields, tensors = to_peft({"params": params, "cfg": target.cfg, "layer": target.layer})
+    given = {"params": params, "cfg": target.cfg, "layer": target.layer, "name": path, "sizes": sizes}
+    fields, tensors = to_peft(given)
     return fields, tensors
 
 
@@ -103,7 +107,7 @@ def _joined(fields: Mapping[str, Mapping[str, Any]], targets: list[str]) -> dict
     """One config of the modules' own: the commonest rank and alpha, the others as patterns."""
     first = dict(next(iter(fields.values())))
     for key, pattern in PER_LAYER.items():
-        if pattern in first:
+        if key in first and pattern in first:
             first[key] = Counter(own[key] for own in fields.values()).most_common(1)[0][0]
             first[pattern] = {f"^{re.escape(path)}": own[key] for path, own in fields.items() if own[key] != first[key]}
     free = {key for key, pattern in PER_LAYER.items() if pattern in first}

@@ -19,7 +19,7 @@ from ...attached.adapter import Adapter
 from ...attached.attach_detach import install
 from ...attached.model_checks import check_attachable, check_behaviour, check_has_weights, check_takes_parameters
 from ...attached.records import Record, Whole, all_or_nothing, check_name, check_one_owner
-from ...attached.targets.places import place_of
+from ...attached.targets.places import layer_or_norm
 from ...attached.targets.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
@@ -37,6 +37,7 @@ from .tensor_forms.forms import place_of_key, read_form
 from .tensor_forms.tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def import_peft(
@@ -76,9 +77,9 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     selection = Selection(config, model)
     tensors = with_plain_biases(tensors)
     whole = {**_whole_modules(selection, tensors), **trained_biases(selection, tensors)}
-    common = common_tensors(tensors)
+    common = common_tensors(tensors, model)
     own = {key: tensor for key, tensor in tensors.items() if key not in whole and key not in common}
-    layers = _by_layer(selection, own)
+    layers = _by_layer(selection, own) if own or not common else _bare(selection)
     tied = leave_to_leaders(model, layers)
     check_complete(selection, layers)
     parts = read_parts(selection, layers, tied, common, trainable)
@@ -123,7 +124,7 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
         name = key[len(path) + 1 :]
         inside = [one.rpartition(".")[2] for one in parameters if one.rpartition(".")[0] == path]
         part, name = place_of_key(modules[path], inside, name) if path and inside else ("", name)
-        place = place_of(modules[path], part) if path else None
+        place = layer_or_norm(selection.model, f"{path}.{part}" if part else path) if path else None
         if place is None:
             raise AdapterFileError(
                 f"{first_of([key])} belongs to no layer of this {type(selection.model).__name__} that can be adapted"
@@ -133,7 +134,7 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
             continue
         if layer_device(modules[path]).type == "meta":
             raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and not ("indices" in name and tensor.dtype in WHOLE):
             raise AdapterFileError(
                 f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
             )
@@ -142,6 +143,12 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
     if not found:
         raise AdapterFileError(f"{WEIGHTS} holds no tensor of a layer")
     return {path: found[path] for path in (*modules, *parameters) if path in found}
+
+
+def _bare(selection: Selection) -> dict[str, dict[str, Tensor]]:
+    """The layers of a method that keeps no tensor of its own in any of them, as Uni-LoRA."""
+    adapted = selection.adapted()
+    return {path: {} for path in selection.names if path in adapted and place_of(selection.model.get_submodule(path))}
 
 
 def _check_same(key: str, weight: Tensor, saved: Tensor) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attached.targets.places import Place, place_at
+from ...attached.targets.places import Place, layer_or_norm
 from ...attached.targets.targeting import located
-from ...attached.tensors.declared import specs_for
+from ...attached.tensors.declared import shared_key, specs_for
 from ...contract.errors import AdapterFileError, ConfigError, LoraLiteError, listed
 from ...contract.target import Target
 from ...contract.text import normal, plain, told
@@ -34,6 +34,19 @@ class Part:
     variant: Variant
     targets: list[Target] = field(default_factory=list)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what several layers have in common, by its name on the model
+
+    def add(self, target: Target, values: dict[str, Tensor]) -> None:
+        for bare, spec in specs_for(target).items():
+            if spec.shared and not torch.equal(self.shared.setdefault(shared_key(spec), values[bare]), values[bare]):
+                raise AdapterFileError(
+                    f"{target.name}: {bare} differs from that of another layer, and variant '{self.variant.name}' has "
+                    f"one for both, {shared_key(spec)}"
+                )
+        self.targets.append(target)
+        self.values[target.name] = values
 
 
 class Readers:
@@ -96,22 +109,21 @@ def read_parts(
     readers = Readers(selection.config["peft_type"])
     parts: dict[str, Part] = {}
     pairs = [(path, one, {**layers[path], **common}) for path in layers for one in (path, *tied.get(path, ()))]
+    places = {path: place for _, path, _ in pairs if (place := layer_or_norm(selection.model, path))}
+    sizes = {path: (place.d_in, place.d_out) for path, place in places.items()}
     for leader, path, tensors in pairs:
-        config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, place_at(selection.model, path)
-        assert place is not None, path
+        config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, places[path]
         failure: AdapterFileError | None = None
         for variant in readers:
             try:
-                made = _ask(variant, path, place, Tracked(config), Tracked(tensors), trainable)
+                made = _ask(variant, path, place, Tracked(config), Tracked(tensors), sizes, trainable)
             except AdapterFileError as error:
                 if FIRST_PARTY.get(variant.name) == normal(variant.distribution):
                     raise
                 failure = failure or error  # of a stranger's variant: another may know better
                 continue
             if made is not None:
-                part = parts.setdefault(variant.name, Part(variant))
-                part.targets.append(made[0])
-                part.values[path] = made[1]
+                parts.setdefault(variant.name, Part(variant)).add(*made)
                 break
         else:
             raise failure or _unread(path, config, tensors, readers)
@@ -119,12 +131,18 @@ def read_parts(
 
 
 def _ask(
-    variant: Variant, path: str, place: Place, config: Tracked[Any], tensors: Tracked[Tensor], trainable: bool
+    variant: Variant,
+    path: str,
+    place: Place,
+    config: Tracked[Any],
+    tensors: Tracked[Tensor],
+    sizes: Mapping[str, tuple[int, int]],
+    trainable: bool,
 ) -> tuple[Target, dict[str, Tensor]] | None:
     """The layer as this variant's target and its values, checked; None if the variant does not know such tensors."""
     assert variant.from_peft is not None
     try:
-        made = _made(variant.from_peft, place, config, tensors)
+        made = _made(variant.from_peft, place, tensors, {"config": config, "name": path, "sizes": sizes})
         if made is None:
             return None
         fields, values = made
@@ -148,16 +166,16 @@ def _ask(
 
 
 def _made(
-    from_peft: Hook, place: Place, config: Tracked[Any], tensors: Tracked[Tensor]
+    from_peft: Hook, place: Place, tensors: Tracked[Tensor], about: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """What a variant makes of a layer's fields and tensors; of experts, of each of them, in stacks again."""
     if not place.experts:
-        return from_peft({"config": config, "tensors": tensors, "layer": place.layer})
+        return from_peft({"tensors": tensors, "layer": place.layer, **about})
     fields: dict[str, Any] = {}
     each: list[dict[str, Tensor]] = []
     for index in range(place.experts):
         own = Tracked({name: _of_one(name, dict.__getitem__(tensors, name), index) for name in tensors})
-        made = from_peft({"config": config, "tensors": own, "layer": expert(place.layer, place.part, index)})
+        made = from_peft({"tensors": own, "layer": expert(place.layer, place.part, index), **about})
         if made is None:
             return None
         fields = made[0]

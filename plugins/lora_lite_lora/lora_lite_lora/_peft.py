@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lora_lite_core import ConfigError
 
+OTHERS = ("kasa_config", "use_dora", "use_qalora", "alora_invocation_tokens")  # what makes another variant of it
+
 
 def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     alpha = cfg.r if cfg.alpha is None else cfg.alpha
@@ -18,11 +20,10 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
 
 
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    if config["peft_type"] != "LORA" or config.get("use_dora"):
+    if config["peft_type"] != "LORA" or any(config.get(name) for name in OTHERS):
         return None
-    for name in ("use_qalora", "lora_bias"):
-        if config.get(name) not in (None, False, "none"):
-            raise ConfigError(f"{name}={config[name]!r} is more than a low-rank product")
+    if config.get("lora_bias"):
+        raise ConfigError(f"lora_bias={config['lora_bias']!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     fields["dropout"] = config.get("lora_dropout") or 0.0
     return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}

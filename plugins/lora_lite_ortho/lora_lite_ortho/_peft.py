@@ -1,4 +1,4 @@
-"""How the methods of this package are written in PEFT's directories, and read: a pair for each; here IA3 and HRA."""
+"""How the methods of this package are written in PEFT's directories, and read: a pair for each; here IA3, HRA, BEFT."""
 
 from __future__ import annotations
 
@@ -65,3 +65,14 @@ def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | 
         return None
     refuse(config, "apply_GS", "bias")
     return {"r": config["r"]}, {"lora_U": tensors["hra_u"].mT}
+
+
+def beft_to_peft(params: dict[str, Tensor], layer: nn.Module) -> Pair:
+    linear_only(layer, "BEFT")
+    return {"peft_type": "BEFT"}, {"beft_bias": params["lora_shift"][None]}
+
+
+def beft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
+    if config["peft_type"] != "BEFT":
+        return None
+    return {}, {"lora_shift": tensors["beft_bias"].flatten()}

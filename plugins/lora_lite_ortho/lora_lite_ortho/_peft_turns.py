@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite_core import ConfigError
+from lora_lite_core import ConfigError, dense_weight
 
 from ._peft import Pair, full, linear_only, refuse
 
 
 def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
     linear_only(layer, "OFT")
-    fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "use_cayley_neumann": False, "bias": "none"}
-    return fields, {"oft_R.weight": params["lora_q"]}
+    q = full(params["lora_q"])
+    fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "bias": "none"}
+    fields |= {"coft": cfg.coft, "eps": cfg.eps, "block_share": cfg.block_share}
+    if cfg.terms is None:
+        return {**fields, "use_cayley_neumann": False}, {"oft_R.weight": q}
+    series = {"use_cayley_neumann": True, "num_cayley_neumann_terms": cfg.terms, "peft_version": "0.18.0"}
+    return {**fields, **series}, {"oft_R.weight": -q}
 
 
-def oft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
+def oft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "OFT":
         return None
-    if config.get("use_cayley_neumann", True):
-        raise ConfigError("use_cayley_neumann=True is a truncated series; this variant turns exactly, as False does")
-    refuse(config, "coft", "block_share", "bias")
-    for name in ("eps", "num_cayley_neumann_terms"):
-        config.get(name)  # of coft, and of the series
-    count, pairs = tensors["oft_R.weight"].shape  # pairs = b (b − 1) / 2
+    refuse(config, "bias")
+    coft, shared, terms = bool(config.get("coft")), bool(config.get("block_share")), _terms(config)
+    q = tensors["oft_R.weight"]
+    count, pairs = q.shape  # pairs = b (b − 1) / 2
     b = round((1 + (1 + 8 * pairs) ** 0.5) / 2)
     r, size = config.get("r") or 0, config.get("oft_block_size") or 0
+    d_in = dense_weight(layer).shape[1] if shared else count * b
     # What does not divide d_in PEFT replaces by a neighbour that does.
-    if (size and b != size and count * b % size == 0) or (r and not size and count != r and count * b % r == 0):
+    if (size and b != size and d_in % size == 0) or (r and not size and d_in != r * b and d_in % r == 0):
         raise ConfigError(f"oft_R.weight holds {count} blocks of {b}, but r={r} and oft_block_size={size}")
-    return {"block_size": b}, {"lora_q": tensors["oft_R.weight"]}
+    eps = config.get("eps", 6e-5)
+    fields = {"block_size": b, "block_share": shared, "coft": coft, "terms": terms}
+    return {**fields, **({"eps": eps} if coft else {})}, {"lora_q": q if terms is None else -q}
+
+
+def _terms(config: dict[str, Any]) -> int | None:
+    """The truncated series turns the other way than the exact mode. Before version 0.18 it was another polynomial."""
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if not config.get("use_cayley_neumann", True):
+        return None
+    made = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    if made is None or (int(made[1]), int(made[2])) < (0, 18):
+        raise ConfigError(
+            f"use_cayley_neumann=True with peft_version={config.get('peft_version')!r}: PEFT's series was another one "
+            "before 0.18.0"
+        )
+    return terms
 
 
 def road_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Linear) -> Pair:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 # What a layer's own value of a field is looked up in, by patterns.
-PER_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "delora_lambda": "lambda_pattern"}
+PER_LAYER = {
+    "r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern", "delora_lambda": "lambda_pattern",
+}  # fmt: skip
 SELECTING = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
@@ -41,17 +43,15 @@ IGNORED = {
     "loftq_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "lora_ga_config": "where training began; a base that was changed for it is told by init_lora_weights",
     "megatron_core": "only with megatron_config",
-    "qalora_group_size": "only with use_qalora",
+    "qalora_group_size": "only with use_qalora, whose variant reads it",
 }
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
-    "alora_invocation_tokens": "switches the adapter on at a token",
     "megatron_config": "is for layers of Megatron",
     "velora_config": "trains with a backward pass of its own",
     "monteclora_config": "samples the factors",
     "use_bdlora": "has block-diagonal factors",
     "arrow_config": "chooses between adapters at every token",
-    "kasa_config": "changes the base's weights",
     "ensure_weight_tying": "ties trained tensors to each other",
 }
 BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")  # starts with a name that leave the base as it is
@@ -80,6 +80,10 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
+def _flags(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, bool) for one in value)
+
+
 def _numbers(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(_number, value.values())))
 
@@ -96,11 +100,17 @@ PLACES: tuple[str, _Check] = (
     lambda v: v is None or _whole(v) or (isinstance(v, list) and all(map(_whole, v))),
 )
 IDS: tuple[str, _Check] = ("a list of token ids", _ids)
+SOME: tuple[str, _Check] = ("a list of token ids", lambda v: v is None or _ids(v))
 TOKENS: tuple[str, _Check] = (
     "a list of token ids, or one for each embedding's name",
     lambda v: v is None or _ids(v) or (isinstance(v, dict) and all(map(_ids, v.values()))),
 )
 TABLE: tuple[str, _Check] = ("numbers by pattern", _numbers)
+WEIGHTS: tuple[str, _Check] = ("numbers by name", _numbers)
+MASKS: tuple[str, _Check] = (
+    "a list of true and false for each module",
+    lambda v: v is None or (isinstance(v, dict) and all(_flags(one) for one in v.values())),
+)
 SHARE: tuple[str, _Check] = ("a number from 0 to 1", lambda v: v is None or (_number(v) and 0 <= v <= 1))
 START: tuple[str, _Check] = ("true, false or a name", lambda v: v is None or isinstance(v, (bool, str)))
 
@@ -108,11 +118,15 @@ KINDS = {
     "peft_type": TEXT, "target_modules": NAMES, "exclude_modules": NAMES, "feedforward_modules": NAMES,
     "modules_to_save": LIST, "target_parameters": LIST, "layers_to_transform": PLACES, "layers_pattern": NAMES,
     "rank_pattern": TABLE, "alpha_pattern": TABLE, "lambda_pattern": TABLE, "init_lora_weights": START,
-    "token_indices": IDS, "trainable_token_indices": TOKENS,
-    "r": WHOLE, "lora_alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG, "use_qalora": FLAG,
-    "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
+    "token_indices": IDS, "trainable_token_indices": TOKENS, "alora_invocation_tokens": SOME,
+    "r": WHOLE, "lora_alpha": NUMBER, "alpha": NUMBER, "bias": WORD, "use_rslora": FLAG, "use_dora": FLAG,
+    "use_qalora": FLAG, "lora_bias": FLAG, "apply_GS": FLAG, "oft_block_size": WHOLE, "coft": FLAG, "block_share": FLAG,
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
+    "kasa_config": WEIGHTS,
 }  # fmt: skip
+OF_TYPE = {"ADALORA": {"rank_pattern": MASKS}}  # where a peft_type means something else by a field
+
+OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha")}  # null, where there is no LoRA beside the entries
 
 
 class Tracked(dict[str, _V]):
@@ -145,9 +159,10 @@ class Tracked(dict[str, _V]):
 
 def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
     """Raise AdapterFileError for what no variant could read, or not train on."""
+    kinds = {**KINDS, **OF_TYPE.get(str(config.get("peft_type")), {})}
     for name, value in config.items():
-        what, fits = SHARE if name.endswith("dropout") else KINDS.get(name, ("", lambda _: True))
-        if not fits(value):
+        what, fits = SHARE if name.endswith("dropout") else kinds.get(name, ("", lambda _: True))
+        if not fits(value) and not (value is None and name in OPTIONAL.get(str(config["peft_type"]), ())):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
             raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")

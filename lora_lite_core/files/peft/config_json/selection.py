@@ -79,6 +79,8 @@ class Selection:
             return {"peft_type": "TRAINABLE_TOKENS", "token_indices": self.tokens[path]}
         changes: dict[str, Any] = {"trainable_token_indices": None} if self.tokens else {}
         for field, table in PER_LAYER.items():
+            if field not in self.config:  # methods call their alpha by one of two names
+                continue
             for pattern, value in (self.config.get(table) or {}).items():
                 if self.patterns.selects(table, pattern, path):
                     changes[field] = value

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....contract.errors import MergeError
 
 TOP = "base_model."
 
 
-def common_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a folder that belong to no layer, by the names that `from_peft` sees beside a layer's own."""
-    return {key: tensor for key, tensor in tensors.items() if key.startswith(TOP) and "." not in key[len(TOP) :]}
+def common_tensors(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Those of a folder that belong to no layer, by the names that `from_peft` sees beside a layer's own: one of a
+    kind, `base_model.vera_A`, or one for a group of layers, `base_model.frod_V.self_attn_q_proj`."""
+    own = isinstance(getattr(model, TOP[:-1], None), nn.Module)  # a module of this model has that name
+    return {k: t for k, t in tensors.items() if k.startswith(TOP) and not (own and "." in k[len(TOP) :])}
 
 
 def joined(found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,89 @@
+"""Super-Tuning: the entries of the weight with the largest magnitude are trained.
+
+    y = W x + b + ΔW x,   ΔW zero but where |W| is among the (1 − sparsity) d_in d_out largest of the layer
+
+The changes start as zeros, which makes step 0 the identity; which entries they are is saved, 8 bytes each, and a file
+fits the weights it was made on. Reads the dense weight once, at attach. Entries of one size (of a quantised base) are
+chosen by their place. The change is applied as a matrix: d_in d_out multiply-accumulates per token. With a LoRA beside
+it is the paper's Supra: attach both.
+
+Super-Tuning, 2026, arXiv:2607.09287 (as the peft package has it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite_core import (
+    AdapterConfig,
+    ConfigError,
+    ParamSpec,
+    TargetError,
+    dense_weight,
+    hookimpl,
+    project,
+    sketch,
+)
+
+from . import _peft
+
+BENCH = {"lr": 5e-2}
+LAYERS = ("linear", "convolution", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupertuningConfig(AdapterConfig):
+    """Config of Super-Tuning.
+
+    sparsity  share of the entries that stay as they are, from 0 to below 1
+    smallest  the entries with the smallest magnitude instead
+    """
+
+    variant = "supertuning"
+
+    sparsity: float = 0.99
+    smallest: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"SupertuningConfig(sparsity={self.sparsity!r}): a share from 0 to below 1")
+
+
+Config = SupertuningConfig
+to_peft, from_peft = hookimpl(_peft.super_to_peft), hookimpl(_peft.super_from_peft)
+
+
+@hookimpl
+def param_specs(d_in: int, d_out: int, cfg: SupertuningConfig) -> dict[str, ParamSpec]:
+    count = int(d_in * d_out * (1 - cfg.sparsity))
+    if count < 1:
+        raise TargetError(
+            f"SupertuningConfig(sparsity={cfg.sparsity}) on a layer {d_in} → {d_out} leaves no entry to train; "
+            f"sparsity is at most {1 - 1 / (d_in * d_out):.6f}"
+        )
+    return {
+        "lora_places": ParamSpec((count,), trainable=False, dtype=torch.int64, doc="row · d_in + column"),
+        "lora_values": ParamSpec((count,), doc="changes of these entries"),
+    }
+
+
+@hookimpl
+def init(layer: nn.Module, params: dict[str, Tensor], cfg: SupertuningConfig) -> None:
+    order = dense_weight(layer).abs().flatten().sort(descending=not cfg.smallest, stable=True).indices
+    params["lora_places"].copy_(order[: len(params["lora_places"])].sort().values)
+
+
+@hookimpl
+def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
+    values, d_in, d_out = params["lora_values"].to(x.dtype), x.shape[-1], y.shape[-1]
+    change = values.new_zeros(d_out * d_in).scatter_add(0, params["lora_places"], values)
+    return project(x, change.view(d_out, d_in)).to(y.dtype).add_(y)
+
+
+@hookimpl
+def fingerprint(layer: nn.Module) -> Tensor:
+    return sketch(layer)
