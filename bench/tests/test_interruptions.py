@@ -37,6 +37,7 @@ class Killed(Exception):
         ("lora", {"r": 4, "dropout": 0.2}),
         ("dora", {"r": 4}),
         ("antipasto", {"r": 8, "target_names": ("mlp",)}),
+        ("adalora", {"r": 4, "target_r": 1, "total_step": 8, "tinit": 1, "tfinal": 1, "interval": 1}),
         (FULL, {}),
     ],
 )
