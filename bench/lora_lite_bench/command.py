@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train and compare variants on small tasks: paired seeds, swept rates, anchors.")
 @click.argument("variants", nargs=-1, metavar="[VARIANT|FILE.py]...")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all]")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all but gsm8k]"
+)
 @click.option("--knob", "knobs", multiple=True, metavar="FIELD=VALUE", help="Of the tasks, as in --knob facts=512.")
-@click.option("--full", is_flag=True, help="All tasks, longer training, wider sweeps, matched parameter counts.")
+@click.option("--full", is_flag=True, help="All small tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
-@click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
-@click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5; 2 with --quick]")
+@click.option("--protocol", default="", metavar="NAME|FOLDER", help="A task's named settings: peft, lora-lite (gsm8k).")
+@click.option("--seed", type=int, help="The first of the seeds.  [default: 0, or the protocol's]")
+@click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5, or the protocol's; 2 with --quick]")
 @click.option(
     "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"
 )
-@click.option("--lr", type=float, help="Learning rate for all variants.  [default: a module's own: BENCH; else swept]")
+@click.option(
+    "--lr", type=float, help="Learning rate for all variants.  [default: a protocol's or module's own; else swept]"
+)
 @click.option("--sweep", is_flag=True, help="Sweep for variants that state a rate of their own, too.")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
 @click.option("--anchors/--no-anchors", default=True, help="Frozen, full fine-tuning, head only.  [default: with them]")
@@ -39,7 +44,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Added to; what it has is not run again. The report is written beside it, as .html.",
 )
-@click.option("--base", help="Folder or name of another base model.")
+@click.option("--base", "--model", "base", metavar="NAME|FOLDER", help="Another base model.")
+@click.option("--data", metavar="DIR", help="Folder with the task's data, where there is no network (gsm8k).")
+@click.option("--quantize", metavar="nf4|int8", help="Load the base in 4 or 8 bits (gsm8k).")
 @click.option("--make-base", is_flag=True, help="Train the base model anew, into --base (default lora-lite-base).")
 def bench(
     variants: tuple[str, ...],
@@ -47,7 +54,8 @@ def bench(
     knobs: tuple[str, ...],
     full: bool,
     quick: bool,
-    seed: int,
+    protocol: str,
+    seed: int | None,
     seeds: int | None,
     steps: int | None,
     lr: float | None,
@@ -57,43 +65,56 @@ def bench(
     jobs: int | None,
     out: Path,
     base: str | None,
+    data: str | None,
+    quantize: str | None,
     make_base: bool,
 ) -> None:
     """Train VARIANTS (default: all installed; FILE.py runs a module's file) on tasks that the base model cannot do.
 
     Every variant has its learning rate swept on the validation split (by successive halving), is trained on the same
     batches for every seed, scored on the test split, saved, reloaded onto a fresh base and checked to compute the same.
-    Needs no network. Prints a table, adds one line per run to results.jsonl and writes the report results.html.
-    Stopped, the same command goes on where it was.
+    Needs no network, but for the task gsm8k, which takes a language model (--model) and its data (--data) from the hub
+    or from folders, one run after the other. Prints a table, adds one line per run to results.jsonl and writes the
+    report results.html. Stopped, the same command goes on where it was.
     """
     from rich.console import Console
 
     from .comparison import Comparison
-    from .tasks import task_names
+    from .processes import processes
+    from .tasks import small_task_names
 
+    try:
+        main = processes().main
+    except LoraLiteError as error:
+        raise click.ClickException(str(error)) from error
     if make_base:
-        _make_base(Path(base or "lora-lite-base"), steps or 1500, seed)
+        _make_base(Path(base or "lora-lite-base"), steps or 1500, seed or 0)
         return
     if not out.parent.is_dir():
         raise click.BadParameter(f"folder {out.parent} of {out} does not exist")
     if full and quick:
         raise click.UsageError("--full and --quick: give one of them")
     names, files = _named(variants)
+    named = {"model": base, "data": data, "quantize": quantize}
     comparison = Comparison(
-        tasks=tasks or (tuple(task_names()) if full else ("shifted",)),
-        knobs={**config_fields(knobs), **({"model": base} if base else {})},
+        tasks=tasks or (tuple(small_task_names()) if full else ("shifted",)),
+        knobs=config_fields(knobs) | {name: value for name, value in named.items() if value is not None},
         methods=names,
         files=files,
         fields=config_fields(fields),
-        seeds=tuple(range(seed, seed + (seeds or (2 if quick else 5)))),
+        seed=seed,
+        seeds=seeds,
         steps=steps,
         lr=lr,
         sweep=sweep or full,
         anchors=anchors,
+        all_methods=not variants,
         size="full" if full else "quick" if quick else "short",
+        protocol=protocol,
     )
     failures = _carry_out(comparison, jobs, out, Console(stderr=True))
-    _show(comparison, out)
+    if main:
+        _show(comparison, out)
     if failures:
         raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
@@ -101,12 +122,13 @@ def bench(
 def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any) -> dict[str, str]:
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
+    from .processes import processes
     from .results import ResultsFile, cores
 
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not processes().main) as progress:
         try:
-            file = ResultsFile(out)
+            file = processes().main_first(lambda: ResultsFile(out, writes=processes().main))
             return comparison.carry_out(file, jobs or cores(), progress)
         except KeyboardInterrupt:
             console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")

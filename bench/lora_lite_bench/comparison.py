@@ -12,12 +12,12 @@ from rich.progress import Progress, TaskID
 import lora_lite_core as ll
 
 from .costing import measure
-from .methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, matched_rank, parameters_of
+from .methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
+from .processes import processes
 from .results import ResultsFile, key_of
 from .run import Job, Result, calibration, fresh
 from .sweep import GRID, Plan, Settings, plan
-from .tasks import Task, make_task
-from .tasks.lookup import task_class
+from .tasks import Protocol, Task, make_task, protocol_of, task_class
 from .workers import drive, quiet, workers
 
 SIZES = {  # where a sweep begins; it goes on past the edges
@@ -29,35 +29,46 @@ SIZES = {  # where a sweep begins; it goes on past the edges
 
 @dataclass
 class Comparison:
-    """What `lora-lite bench` was asked for. `size` is "quick", "short" or "full"."""
+    """What `lora-lite bench` was asked for. `size` is "quick", "short" or "full"; None is what the task's protocol
+    says, or the size."""
 
     tasks: tuple[str, ...]
     knobs: dict[str, Any]
     methods: tuple[str, ...]
     files: dict[str, str]
     fields: dict[str, Any]
-    seeds: tuple[int, ...]
+    seed: int | None
+    seeds: int | None
     steps: int | None
     lr: float | None
     sweep: bool
     anchors: bool
+    all_methods: bool
     size: str
+    protocol: str = ""
     failures: dict[str, str] = field(default_factory=dict)
+    protocols: dict[str, Protocol | None] = field(default_factory=dict)
 
-    @property
-    def settings(self) -> Settings:
-        return replace(SIZES[self.size], seeds=self.seeds)
+    def settings(self, task: str) -> Settings:
+        """Of the sweeps on a task."""
+        protocol = self.protocols[task]
+        first = self.seed if self.seed is not None else protocol.seed if protocol else 0
+        count = self.seeds or (2 if self.size == "quick" else protocol.seeds if protocol else 5)
+        return replace(SIZES[self.size], seeds=tuple(range(first, first + count)))
 
     def carry_out(self, file: ResultsFile, count: int, progress: Progress) -> dict[str, str]:
         """Run all that the file lacks, `count` jobs side by side; then measure costs alone, then, of a full comparison,
         run what has matched parameter counts. Returns why methods failed, by name. Raises LoraLiteError for what can be
         known to be wrong beforehand."""
-        quiet()
+        alone = any(task_class(name).ALONE for name in self.tasks)
+        threads = None if alone else 1
+        quiet(threads)
+        self.protocols = {name: protocol_of(name, self.protocol, self._knobs(name)) for name in self.tasks}
         made = {name: self._task(name) for name in self.tasks}
         for name, task in list(made.items()):
             status = progress.add_task(f"{name}: getting its model ready", total=None)
             try:
-                task.prepare()
+                processes().main_first(task.prepare)
             except ll.LoraLiteError as error:  # of several tasks the others are still compared
                 if len(made) == 1:
                     raise
@@ -65,19 +76,22 @@ class Comparison:
                 del made[name]
             progress.remove_task(status)
         jobs = [job for name, task in made.items() for job in self._jobs(name, task)]
-        with workers(count) as submit:
-            self._run(jobs, file, submit, progress, "runs")
+        bar = Bar(progress)
+        with workers(1 if alone or processes().count > 1 else count, bar.step, threads) as submit:
+            self._run(jobs, file, submit, bar, "runs")
             if self.size == "full":
                 matched = [job for job in jobs for job in self._matched(job, made[job.task])]
-                self._run(matched, file, submit, progress, "runs with matched parameters")
-        self._measure(jobs, file, progress)
+                self._run(matched, file, submit, bar, "runs with matched parameters")
+        if processes().main:
+            self._measure(jobs, file, progress)
         return self.failures
 
     def _task(self, name: str) -> Task:
         cls = task_class(name)
+        protocol = self.protocols[name]
         small = {"quick": cls.QUICK, "short": cls.SHORT, "full": {}}[self.size]
         steps = {"steps": self.steps} if self.steps else {}
-        return make_task(name, {**small, **self._knobs(name), **steps})
+        return make_task(name, {**(protocol.knobs if protocol else {}), **small, **self._knobs(name), **steps})
 
     def _knobs(self, name: str) -> dict[str, Any]:
         """Those that this task has, where several tasks are compared; all, to be refused, of a single one."""
@@ -88,34 +102,47 @@ class Comparison:
         """One of each method, to be planned: the seed and the rate come later."""
         set_knobs = {knob.name: getattr(task, knob.name) for knob in dataclass_fields(task) if knob.name != "steps"}
         changed = {knob: value for knob, value in set_knobs.items() if value != getattr(type(task), knob)}
-        first = Job(name, changed, "", {}, self.seeds[0], 0.0, task.steps)
-        for method in self.methods:
-            fields = fitting(task, method, self.fields)
-            own = {} if self.steps or self.size == "quick" else ll.get_variant(method).bench
+        first = Job(name, changed, "", {}, self.settings(name).seeds[0], 0.0, task.steps)
+        protocol = self.protocols[name]
+        for method in self._methods(protocol):
+            given = protocol.fields_of(method, known_fields(method)) if protocol else {}
+            fields = fitting(task, method, {**given, **self.fields}, "r" in self.fields)
+            own = {} if self.steps or self.size == "quick" or protocol else ll.get_variant(method).bench
             label = " ".join([method, *(f"{key}={value}" for key, value in self.fields.items())])
             file, steps = self.files.get(method, ""), int(own.get("steps", task.steps))
             yield replace(first, method=method, fields=fields, steps=steps, label=label, file=file)
-        for method in ANCHORS if self.anchors else ():
+        anchors = ANCHORS if task.trains_whole() else (FROZEN,)
+        for method in anchors if self.anchors else ():
             yield replace(first, method=method, label=method)
 
-    def _stated(self, job: Job) -> float | None:
-        if job.method in ANCHORS:
-            return None
-        return self.lr or (None if self.sweep else ll.get_variant(job.method).bench.get("lr"))
+    def _methods(self, protocol: Protocol | None) -> tuple[str, ...]:
+        """Those that were named; where none were, the protocol's that are installed, or all."""
+        if not (self.all_methods and protocol and protocol.methods):
+            return self.methods
+        installed = {info.name for info in ll.list_variants() if info.state == "ok"}
+        return tuple(method for method in protocol.methods if method in installed)
 
-    def _run(self, jobs: list[Job], file: ResultsFile, submit: Any, progress: Progress, what: str) -> None:
-        plans: dict[int, Plan] = {n: plan(job, self.settings, self._stated(job)) for n, job in enumerate(jobs)}
-        total = sum(expected_steps(job, self.settings, self._stated(job)) for job in jobs)
-        bar: TaskID = progress.add_task(what, total=total)
+    def _stated(self, job: Job) -> float | None:
+        protocol = self.protocols[job.task]
+        if job.method in ANCHORS:
+            return protocol.rate(job.method) if protocol and not self.sweep else None
+        if self.lr or self.sweep:
+            return self.lr
+        return protocol.rate(job.method) if protocol else ll.get_variant(job.method).bench.get("lr")
+
+    def _run(self, jobs: list[Job], file: ResultsFile, submit: Any, bar: Bar, what: str) -> None:
+        settings = {job.task: self.settings(job.task) for job in jobs}
+        plans: dict[int, Plan] = {n: plan(job, settings[job.task], self._stated(job)) for n, job in enumerate(jobs)}
+        bar.begin(what, sum(expected_steps(job, settings[job.task], self._stated(job)) for job in jobs))
 
         def told(job: Job, outcome: Result | Exception) -> None:
-            progress.update(bar, advance=job.steps, description=f"{what}: {job.task} {job.method}")
+            bar.ended(job.steps, f"{what}: {job.task} {job.method}")
             if isinstance(outcome, Exception):
                 known = isinstance(outcome, (ll.LoraLiteError, RuntimeError))
                 self.failures[job.label or job.method] = str(outcome) if known else repr(outcome)
 
         drive(plans, file, submit, told)
-        progress.update(bar, completed=total, description=what)
+        bar.end()
 
     def _matched(self, job: Job, task: Task) -> Iterator[Job]:
         """The job with the rank that trains as much as the reference's default, where that is another rank."""
@@ -136,6 +163,34 @@ class Comparison:
             if job.label not in self.failures and key_of(job, "costs") not in file.records:
                 file.append(job, measure(job))
             progress.update(bar, advance=1)
+
+
+class Bar:
+    """A progress bar over the training steps of all runs; of one that tells of single steps, these are seen at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.what, self.total, self.seen = progress, "", 0, 0
+        self.task: TaskID | None = None
+
+    def begin(self, what: str, total: int) -> None:
+        self.what, self.total, self.seen = what, total, 0
+        self.task = self.progress.add_task(what, total=total)
+
+    def step(self) -> None:
+        """Of a run that goes on."""
+        assert self.task is not None
+        self.seen += 1
+        self.progress.update(self.task, advance=1)
+
+    def ended(self, steps: int, what: str) -> None:
+        """A run of so many steps."""
+        assert self.task is not None
+        self.progress.update(self.task, advance=steps - self.seen, description=what)
+        self.seen = 0
+
+    def end(self) -> None:
+        assert self.task is not None
+        self.progress.update(self.task, completed=self.total, description=self.what)
 
 
 def expected_steps(job: Job, settings: Settings, stated: float | None) -> int:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .costs import PeakMemory, added_macs_per_token, step_times
+from .memory import AtOnce
 from .methods import ANCHORS
-from .run import Job, Result, fresh, on_device, put
+from .run import Job, Result, fresh, put
+from .tasks import Batch, Task, rows
+from .training import on_device
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Costs:
     added_macs_per_token  of matrix products; a token is a row that an adapted layer sees
     *_ms                  medians; of the frozen model, the backward pass goes from the output to the embeddings
     peak_mb               10⁶ bytes of tensors that come into being during a first training step
+    examples              of one training batch, as many as memory has room for: what *_ms and peak_mb are of
     """
 
     trainable: int = 0
@@ -30,6 +34,7 @@ class Costs:
     frozen_backward_ms: float = 0.0
     init_s: float = 0.0
     peak_mb: float = 0.0
+    examples: int = 0
 
     @property
     def ratio(self) -> float:
@@ -54,17 +59,25 @@ def measure(job: Job) -> Costs:
         costs.added_macs_per_token = added_macs_per_token(model, task.inputs(batch))
     model.train()
     frozen.train()
+    at_once = AtOnce(rows(batch))
+    at_once.attempt(lambda size: _first_step(job, task, model, parameters, task.part(batch, slice(size)), costs))
+    batch = task.part(batch, slice(at_once.size))
+    ours, base = step_times([lambda: task.loss(model, batch), lambda: task.loss(frozen, batch)])
+    costs.forward_ms, costs.backward_ms = ours
+    costs.frozen_forward_ms, costs.frozen_backward_ms = base
+    costs.examples = at_once.size
+    return costs
+
+
+def _first_step(
+    job: Job, task: Task, model: nn.Module, parameters: list[nn.Parameter], batch: Batch, costs: Costs
+) -> None:
     with PeakMemory() as memory:
         loss = task.loss(model, batch)
         loss.backward()
         if parameters:
             torch.optim.AdamW(parameters, lr=job.lr).step()
     costs.peak_mb = memory.peak / 1e6
-    del loss
-    ours, base = step_times([lambda: task.loss(model, batch), lambda: task.loss(frozen, batch)])
-    costs.forward_ms, costs.backward_ms = ours
-    costs.frozen_forward_ms, costs.frozen_backward_ms = base
-    return costs
 
 
 def _let_gradients_through(model: nn.Module) -> None:

@@ -51,13 +51,20 @@ def step_times(losses: Sequence[Callable[[], Tensor]], repeats: int = 12) -> lis
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in losses]
     for _ in range(repeats):
         for loss, (forward, backward) in zip(losses, times, strict=True):
-            start = time.perf_counter()
+            start = _now()
             value = loss()
-            middle = time.perf_counter()
+            middle = _now()
             value.backward()
             forward.append(middle - start)
-            backward.append(time.perf_counter() - middle)
+            backward.append(_now() - middle)
     return [(1e3 * statistics.median(f[2:]), 1e3 * statistics.median(b[2:])) for f, b in times]
+
+
+def _now() -> float:
+    """Seconds, when the GPU has done what it was told, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class PeakMemory(TorchDispatchMode):

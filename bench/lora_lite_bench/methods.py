@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -24,12 +25,18 @@ def config_for(task: Task, method: str, fields: dict[str, Any]) -> ll.AdapterCon
     return ll.LoraLiteConfig(variant=method, **{**task.config(), **fields})
 
 
-def fitting(task: Task, method: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, with a default rank cut to the smaller side of the smallest layer when there is no room for more."""
+def fitting(task: Task, method: str, fields: dict[str, Any], fixed: bool = False) -> dict[str, Any]:
+    """The fields, with a default rank cut to the smaller side of the smallest layer when there is no room for more; not
+    where it is `fixed`, because the user has given it."""
     cfg = config_for(task, method, fields)
-    if not isinstance(cfg, ll.RankConfig) or "r" in fields:
+    if not isinstance(cfg, ll.RankConfig) or fixed:
         return fields
     return fields if cfg.r <= (room := smallest_side(task, method, fields)) else {**fields, "r": room}
+
+
+def known_fields(method: str) -> frozenset[str]:
+    """The names of the fields of a variant's config."""
+    return frozenset(field.name for field in dataclasses.fields(ll.get_variant(method).Config))
 
 
 def smallest_side(task: Task, method: str, fields: dict[str, Any]) -> int:

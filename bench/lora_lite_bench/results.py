@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -73,16 +74,19 @@ def _processor() -> str:
 
 
 class ResultsFile:
-    """The lines of a file by key; a half line at its end, of a run that was killed while it wrote, is taken off."""
+    """The lines of a file by key; a half line at its end, of a run that was killed while it wrote, is taken off.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    writes  false in all but one of several processes on the same runs: they keep the lines in memory
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.records: dict[str, Record] = {}
         if path.exists():
             whole = path.read_bytes()
             kept = whole[: whole.rfind(b"\n") + 1]
             self.records = {record.key: record for record in read([path])}
-            if len(kept) < len(whole):
+            if writes and len(kept) < len(whole):
                 os.truncate(path, len(kept))
 
     def append(self, job: Job, outcome: Result | Costs) -> Record:
@@ -90,11 +94,25 @@ class ResultsFile:
         record = Record(job, outcome, environment(job), time.strftime("%Y-%m-%dT%H:%M:%S%z"), key_of(job, kind))
         line = {"kind": kind, "key": record.key, "time": record.time, "job": asdict(job), kind: asdict(outcome)}
         text = json.dumps({**line, "environment": record.environment}, allow_nan=False) + "\n"
-        with self.path.open("ab", buffering=0) as file:  # in one write
-            file.write(text.encode())
-            os.fsync(file.fileno())
         self.records[record.key] = record
+        if self.writes:
+            with self.path.open("ab", buffering=0) as file:  # in one write
+                file.write(text.encode())
+                os.fsync(file.fileno())
+            self._forget(record.key)
         return record
+
+    def unfinished(self, job: Job) -> Path:
+        """The folder beside the file in which a run keeps states to go on from, until its line is there."""
+        return self._unfinished() / key_of(job, "run")
+
+    def _unfinished(self) -> Path:
+        return self.path.with_name(self.path.name + ".unfinished")
+
+    def _forget(self, key: str) -> None:
+        shutil.rmtree(self._unfinished() / key, ignore_errors=True)
+        if self._unfinished().is_dir() and not any(self._unfinished().iterdir()):
+            self._unfinished().rmdir()
 
 
 def read(paths: Iterable[Path]) -> list[Record]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,18 +16,18 @@ import safetensors.torch
 import torch
 from importlib_metadata import version
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import lora_lite_core as ll
 
-from .base import schedule
 from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
 from .model_state import spectrum, weights_hash
-from .tasks import Batch, Split, Task, make_task
+from .scoring import score, valid_loss
+from .tasks import Batch, Task, make_task
 from .tasks.lookup import source_of
+from .training import Training, on_device
 
 CALIBRATION_BATCHES = 8
-HOPELESS = 3.0  # a run whose loss is not finite, or this many times its first, is stopped
+COMPARED = 8  # examples whose outputs are compared after save and load
 RELOAD_LIMIT = 1e-5  # largest difference of an output after save and load, in float32
 
 
@@ -61,7 +60,7 @@ class Job:
         """What a result is found again by: the job, and the code of its task and its method."""
         spec = asdict(self)
         del spec["file"], spec["column"], spec["label"]
-        paths = [source_of(type(self.make_task()))]
+        paths = [source_of(source) for source in self.make_task().sources()]
         if self.method not in ANCHORS:
             paths.append(source_of(variant_of(self).Config))
         return {**spec, "source": source_hash(*paths)}
@@ -83,6 +82,7 @@ class Result:
     reload_error: float | None = None
     init_s: float = 0.0
     train_s: float = 0.0
+    at_once: int = 0
     stopped: str = ""
     losses: list[float] = field(default_factory=list)
     spectrum: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -107,8 +107,10 @@ def fresh(task: Task) -> tuple[nn.Module, Any]:
     return copy.deepcopy(model), processor
 
 
-def run(job: Job, advance: Callable[[], None] = lambda: None) -> Result:
+def run(job: Job, place: Path | None = None, advance: Callable[[], None] = lambda: None) -> Result:
     """Everything that the tables say of one run except what it costs. `advance` is called once a training step.
+
+    place  a folder for states to go on from, of a task whose recipe keeps some; what is there is gone on from
 
     Raises RuntimeError when a variant has changed the base's weights, or computes something else after save and load.
     """
@@ -117,10 +119,8 @@ def run(job: Job, advance: Callable[[], None] = lambda: None) -> Result:
     torch.manual_seed(job.seed)  # of dropout
     parameters = put(job, task, model, processor, result)
     result.trainable = sum(p.numel() for p in parameters)
-    start = time.perf_counter()
     if parameters:
-        _train(job, task, model, parameters, task.batches(processor, "train", job.seed), result, advance)
-    result.train_s = time.perf_counter() - start
+        _train(job, task, model, parameters, processor, result, place, advance)
     if result.stopped:
         return result
     if job.method not in ANCHORS:
@@ -138,6 +138,23 @@ def run(job: Job, advance: Callable[[], None] = lambda: None) -> Result:
     return result
 
 
+def _train(
+    job: Job,
+    task: Task,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    processor: Any,
+    result: Result,
+    place: Path | None,
+    advance: Callable[[], None],
+) -> None:
+    adapted = job.method not in ANCHORS
+    training = Training(task, model, parameters, adapted=adapted, lr=job.lr, steps=job.steps, place=place)
+    training.carry_out(processor, job.seed, advance)
+    result.losses, result.train_s, result.stopped = training.losses, training.seconds, training.stopped
+    result.at_once = training.at_once.size
+
+
 def _check_base(job: Job, model: nn.Module, pristine: nn.Module) -> None:
     """Apart from modules that are trained whole, which are copies under the names of the base's."""
     names = set(pristine.state_dict()) - set(ll.adapters(model)["default"].record.whole)
@@ -151,7 +168,7 @@ def put(job: Job, task: Task, model: nn.Module, processor: Any, result: Result) 
         return list(anchor_parameters(model, job.method, task.head()).values())
     variant_of(job)
     cfg = config_for(task, job.method, job.fields)
-    data = calibration(task, processor, job.seed)
+    data = on_device(calibration(task, processor, job.seed), model)
     start = time.perf_counter()
     adapter = attach(model, cfg, job.seed, data)
     result.init_s = time.perf_counter() - start
@@ -165,61 +182,10 @@ def calibration(task: Task, processor: Any, seed: int) -> list[dict[str, Any]]:
     return [task.inputs(next(batches)) for _ in range(CALIBRATION_BATCHES)]
 
 
-def on_device(batch: Batch, model: nn.Module) -> Batch:
-    device = next(model.parameters()).device
-    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, batch)
-
-
-def _train(
-    job: Job,
-    task: Task,
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    batches: Iterable[Batch],
-    result: Result,
-    advance: Callable[[], None],
-) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=job.lr, weight_decay=0.0)
-    scheduler = schedule(optimizer, job.steps)
-    adapted = job.method not in ANCHORS
-    if adapted:
-        ll.follow(model, optimizer)
-    model.train()
-    for number, batch in zip(range(job.steps), batches, strict=False):
-        loss = task.loss(model, on_device(batch, model))
-        (loss + ll.penalty(model) if adapted else loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        result.losses.append(round(loss.item(), 5))
-        advance()
-        if not result.losses[-1] <= HOPELESS * result.losses[0]:
-            result.stopped = f"loss {result.losses[0]:.3g} had become {result.losses[-1]:.3g} at step {number + 1}"
-            result.losses[-1] = result.losses[-1] if math.isfinite(result.losses[-1]) else 1e9
-            break
-    model.eval()
-
-
-@torch.no_grad()
-def score(task: Task, model: nn.Module, processor: Any, split: Split) -> float | None:
-    """The mean score of a split's examples; None where the task has none."""
-    model.eval()
-    batches = task.batches(processor, split, 0)
-    found = [task.correct(model, processor, on_device(batch, model)).float().cpu() for batch in batches]
-    return torch.cat(found).mean().item() if found else None
-
-
-@torch.no_grad()
-def valid_loss(task: Task, model: nn.Module, processor: Any) -> float:
-    losses = [task.loss(model, on_device(b, model)).item() for b in task.batches(processor, "valid", 0)]
-    mean = sum(losses) / len(losses)
-    return mean if math.isfinite(mean) else 1e9
-
-
 @torch.no_grad()
 def _round_trip(job: Job, task: Task, model: nn.Module, batch: Batch, result: Result) -> None:
-    """Save, load onto a fresh base, compare all outputs."""
-    inputs = task.inputs(on_device(batch, model))
+    """Save, load onto a fresh base, compare the outputs of some examples."""
+    inputs = task.inputs(on_device(task.part(batch, slice(COMPARED)), model))
     expected = outputs(model.eval(), inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"

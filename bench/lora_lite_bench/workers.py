@@ -8,29 +8,40 @@ import signal
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .results import ResultsFile, key_of
 from .run import Job, Result, run
+from .stopping import allow, stop
 from .sweep import Plan
 
-Submit = Callable[[Job], "Future[Result]"]
+Submit = Callable[[Job, Path], "Future[Result]"]
+
+
+def nothing() -> None:
+    """Called once a step where nobody counts them."""
 
 
 @contextmanager
-def workers(count: int) -> Generator[Submit]:
-    """A function that starts a job and returns its future. With a count of 1 the jobs run in this process, one after
-    the other, and what was registered in it is there."""
+def workers(count: int, advance: Callable[[], None] = nothing, threads: int | None = 1) -> Generator[Submit]:
+    """A function that starts a job, given the folder for its unfinished states, and returns its future. With a count of
+    1 the jobs run in this process, one after the other: what was registered in it is there, `advance` is called once a
+    training step, and `threads` are torch's, None as many as it likes."""
     if count == 1:
-        with ThreadPoolExecutor(1, initializer=quiet) as thread:
+        with ThreadPoolExecutor(1, initializer=quiet, initargs=(threads,)) as thread:
             try:
-                yield lambda job: thread.submit(run, job)
+                yield lambda job, place: thread.submit(run, job, place, advance)
+            except BaseException:
+                stop()
+                raise
             finally:
                 thread.shutdown(wait=True, cancel_futures=True)
+                allow()
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
     try:
-        yield lambda job: pool.submit(run, job)
+        yield lambda job, place: pool.submit(run, job, place)
     finally:
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
@@ -44,12 +55,13 @@ def _start() -> None:
     quiet()
 
 
-def quiet() -> None:
-    """One thread, no messages of transformers."""
+def quiet(threads: int | None = 1) -> None:
+    """So many threads, or torch's own number; no messages of transformers."""
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(1)
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -83,7 +95,7 @@ def drive(
             if known is not None and isinstance(known.outcome, Result):
                 ended(name, place, known.outcome)
             else:
-                waiting[submit(job)] = (name, place)
+                waiting[submit(job, file.unfinished(job))] = (name, place)
         advance(name)
 
     def advance(name: Any) -> None:
@@ -97,7 +109,7 @@ def drive(
         give(name, None)
     while waiting:
         done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in [future for future in waiting if future in done]:  # in the order in which they were begun
             name, place = waiting.pop(future)
             job, error = jobs[name, place], future.exception()
             if error is None:

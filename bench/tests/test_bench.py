@@ -120,7 +120,7 @@ def test_peak_memory_counts_live_storages() -> None:
 
 def test_a_run() -> None:
     steps: list[None] = []
-    result = run(JOB, lambda: steps.append(None))
+    result = run(JOB, advance=lambda: steps.append(None))
     assert (result.rank, result.layers) == (2, 28)
     assert len(result.losses) == len(steps) == 8
     assert result.reload_error is not None

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from lora_lite_bench.costing import Costs
 from lora_lite_bench.methods import FROZEN, FULL
 from lora_lite_bench.report.command import report
-from lora_lite_bench.results import ResultsFile
+from lora_lite_bench.report.pictures import scores
+from lora_lite_bench.results import ResultsFile, read
 from lora_lite_bench.run import Job, Result
+from lora_lite_bench.table import tables
 
 METHODS = {"lora": 0.7, "ia3": 0.3, "dora": 0.72, "antipasto": 0.5, FULL: 0.6}
 SPECTRUM = {f"model.layers.{n}.mlp.up_proj": {"shift": [0.1, -0.2, 0.3], "angle": [0.05 * n, 0.2]} for n in range(4)}
@@ -108,3 +110,12 @@ def test_no_results(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "no finished run in" in done.output
     assert "type: lora-lite bench" in done.output
+
+
+def test_one_seed_says_nothing_of_differences(results: Path) -> None:
+    """As of the protocols of gsm8k: the picture's title does not count methods as better, worse or the same."""
+    records = read([results])
+    title = [next(iter(tables(some))) for some in (records, [one for one in records if one.job.seed == 0])]
+    said = [figure.get_suptitle().replace("\n", " ") for figure in map(scores, title)]
+    assert said[0].startswith("shifted: of 3 methods ")
+    assert said[1].strip() == "shifted: test scores of one seed: the differences may be chance"

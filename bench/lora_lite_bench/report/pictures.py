@@ -54,22 +54,29 @@ def scores(table: TaskTable) -> Figure:
     axes.set_xlabel("test score, %")
     axes.grid(axis="y", visible=False)
     axes.set_xlim(-2, 102)
-    others = [row for row in table.rows if row.difference.get("defaults") and row.method not in (*ANCHORS, REFERENCE)]
-    words = [row.verdict() for row in others]
-    count = {word: sum(text.startswith(word) for text in words) for word in ("not", "better", "worse")}
-    says = (
-        f"{table.task}: of {len(others)} methods {count['not']} cannot be told from {REFERENCE}, "
-        f"{count['better']} {'is' if count['better'] == 1 else 'are'} better, {count['worse']} worse"
-        if others
-        else f"{table.task}: test scores"
-    )
     headline(
         figure,
-        says,
+        f"{table.task}: {_said(table)}",
         f"{table.steps} steps; large dots: mean and {LEVEL:.0%} interval over seeds, small dots: single seeds. "
         f"Better and worse: by differences paired over seeds, so bars may overlap. Band: {REFERENCE}.",
     )
     return figure
+
+
+def _said(table: TaskTable) -> str:
+    """How many methods can be told from the reference."""
+    methods = [row for row in table.rows if row.method not in (*ANCHORS, REFERENCE)]
+    differences = [(row, row.difference.get("defaults")) for row in methods]
+    compared = [row for row, difference in differences if difference is not None and difference.count > 1]
+    if not compared:
+        alone = all(len(row.main.runs) == 1 for row in table.rows)
+        return "test scores of one seed: the differences may be chance" if alone and methods else "test scores"
+    words = [row.verdict() for row in compared]
+    count = {word: sum(text.startswith(word) for text in words) for word in ("not", "better", "worse")}
+    return (
+        f"of {len(compared)} methods {count['not']} cannot be told from {REFERENCE}, "
+        f"{count['better']} {'is' if count['better'] == 1 else 'are'} better, {count['worse']} worse"
+    )
 
 
 def parameters(table: TaskTable) -> Figure | None:

@@ -13,10 +13,10 @@ from lora_lite_core.contract.text import plain, told
 from lora_lite_core.discovery.entry_points import Entry, entries
 from lora_lite_core.discovery.name_conflicts import state_of
 
-from .interface import Task
+from .interface import Protocol, Task
 
 GROUP = "lora_lite.tasks"
-HOMES: dict[str, str] = dict.fromkeys(("shifted", "facts", "order", "digits"), "lora-lite-bench")
+HOMES: dict[str, str] = dict.fromkeys(("shifted", "facts", "order", "digits", "gsm8k"), "lora-lite-bench")
 
 
 class TaskError(LoraLiteError):
@@ -27,6 +27,18 @@ def task_names() -> list[str]:
     """The names that can be asked for, without importing any."""
     found = entries(GROUP, objects=True)
     return sorted({entry.name for entry in found if state_of(entry, found, HOMES)[0] == "ok"})
+
+
+def small_task_names() -> list[str]:
+    """Those that are compared together: not one that takes a whole machine, unless it cannot be told."""
+
+    def small(name: str) -> bool:
+        try:
+            return not task_class(name).ALONE
+        except TaskError:
+            return True
+
+    return [name for name in task_names() if small(name)]
 
 
 def task_class(name: str) -> type[Task]:
@@ -59,7 +71,26 @@ def make_task(name: str, knobs: Mapping[str, Any]) -> Task:
         raise TaskError(f"task '{name}' refuses {plain(dict(knobs))}: {told(error)}") from error
 
 
-def source_of(cls: type) -> Path | None:
+def protocol_of(name: str, asked: str, knobs: Mapping[str, Any]) -> Protocol | None:
+    """The task's protocol of that name, or the one in the folder of that name; without a name its first; None where it
+    has none. Raises TaskError."""
+    cls = task_class(name)
+    if not asked:
+        return next(iter(cls.PROTOCOLS.values()), None)
+    if asked in cls.PROTOCOLS:
+        return cls.PROTOCOLS[asked]
+    if not Path(asked).is_dir():
+        there = f"protocols: {listed(list(cls.PROTOCOLS))}, or a folder" if cls.PROTOCOLS else "it has no protocols"
+        raise TaskError(
+            f"task '{name}' has no protocol {plain(repr(asked))}{did_you_mean(asked, list(cls.PROTOCOLS))}; {there}"
+        )
+    try:
+        return cls.protocol_in(Path(asked), knobs)
+    except ValueError as error:
+        raise TaskError(f"task '{name}': --protocol {plain(asked)}: {error}") from error
+
+
+def source_of(cls: Any) -> Path | None:
     """The file that a class, or the module in `cls`, was read from."""
     try:
         return Path(inspect.getfile(cls))

@@ -1,0 +1,71 @@
+"""The language model: from the hub or a folder, in its dtype or quantised, on this process's device."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_lite_core.contract.errors import listed
+from lora_lite_core.contract.text import plain, told
+
+from ..lookup import TaskError
+
+QUANTIZED = ("nf4", "fp4", "int8")
+
+
+def device() -> torch.device:
+    """This process's GPU, where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def check(model: str, quantize: str) -> None:
+    """Whether the model can be found and the packages are there, before anything is trained. Raises TaskError."""
+    for name in ("accelerate", *(["bitsandbytes"] if quantize else [])):
+        if find_spec(name) is None:
+            extra = "lora-lite-bench[gsm8k]" if name == "accelerate" else name
+            raise TaskError(f"task 'gsm8k' needs {name}; type: pip install '{extra}'")
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise TaskError(
+            f"model {plain(model)} cannot be had: {told(error)}\n  give --model FOLDER, as save_pretrained writes one"
+        ) from error
+
+
+def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> tuple[nn.Module, Any]:
+    """The model in eval mode, and its tokenizer, which pads with a token that it has (or the end of text). Raises
+    TaskError for a model without all of its weights, or a tokenizer that cannot end a text."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if tokenizer.eos_token_id is None:
+        raise TaskError(f"the tokenizer of {plain(model)} has no end-of-text token: answers could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    more: dict[str, Any] = {"quantization_config": _bitsandbytes(quantize, dtype)} if quantize else {}
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map={"": device()}, output_loading_info=True, **more
+    )
+    loaded, report = found
+    if missing := sorted(report["missing_keys"]):
+        raise TaskError(
+            f"{plain(model)} has no {plain(listed(missing, 4))}: the language model would begin with random weights "
+            "there; give --model a model that was saved with them"
+        )
+    if checkpointing:
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return loaded.eval(), tokenizer
+
+
+def _bitsandbytes(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of its casts at every layer and step
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype)

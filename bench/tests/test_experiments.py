@@ -1,0 +1,143 @@
+"""Experiments of PEFT's method comparison, as its folders have them, read as protocols."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from click.testing import CliRunner
+from lora_lite_bench.command import bench
+from lora_lite_bench.results import read
+from lora_lite_bench.tasks import TaskError, make_task, protocol_of
+from lora_lite_bench.tasks.gsm8k.experiment import training_knobs
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers' own
+
+DEFAULTS: dict[str, Any] = {
+    "model_id": "meta-llama/Llama-3.2-3B",
+    "dtype": "bfloat16",
+    "max_seq_length": 768,
+    "batch_size": 4,
+    "batch_size_eval": 50,
+    "max_steps": 5000,
+    "eval_steps": 250,
+    "compile": False,
+    "use_gc": False,
+    "query_template": "Question: {query} Think step by step.\nAnswer:",
+    "seed": 0,
+    "grad_norm_clip": 1.0,
+    "optimizer_type": "AdamW",
+    "optimizer_kwargs": {"lr": 1e-4, "weight_decay": 0.1},
+    "lr_scheduler": "cosine",
+    "use_amp": False,
+    "autocast_adapter_dtype": True,
+    "generation_kwargs": {"max_length": 800, "max_new_tokens": 300},
+    "attn_implementation": None,
+    "init_kv_cache_prefix": None,
+}
+
+
+def experiment(folder: Path, cfg: peft.PeftConfig, training: dict[str, Any] | None = None) -> str:
+    """experiments/METHOD/NAME below default_training_params.json, as in PEFT's repository."""
+    place = folder / "experiments" / "method" / "llama-3.2-3B"
+    cfg.save_pretrained(str(place))
+    (folder / "default_training_params.json").write_text(json.dumps(DEFAULTS), encoding="utf-8")
+    if training is not None:
+        (place / "training_params.json").write_text(json.dumps(training), encoding="utf-8")
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "method", "fields"),
+    [
+        (peft.LoraConfig(r=4, lora_alpha=8), "lora", {"r": 4, "alpha": 8}),
+        (peft.LoraConfig(r=4, lora_alpha=4, use_rslora=True), "lora", {"r": 4, "alpha": 4, "rslora": True}),
+        (peft.LoraConfig(r=4, lora_alpha=8, use_dora=True), "dora", {"r": 4, "alpha": 8}),
+        (peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa"), "pissa", {"r": 4, "alpha": 8}),
+        (peft.LoraConfig(r=4, init_lora_weights="gaussian"), "lora", {"r": 4, "alpha": 8, "init": "gaussian"}),
+        (peft.HRAConfig(r=4), "hra", {"r": 4}),
+        (peft.IA3Config(feedforward_modules=[]), "ia3", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_config(cfg: Any, method: str, fields: dict[str, Any], places: dict[str, str], tmp_path: Path) -> None:
+    cfg.target_modules = {"q_proj", "v_proj"}
+    cfg.task_type = "CAUSAL_LM"
+    place = experiment(tmp_path, cfg, {"optimizer_kwargs": {"lr": 3e-4, "weight_decay": 0.0}, "max_steps": 100})
+    protocol = protocol_of("gsm8k", place, places)
+    assert protocol is not None
+    assert (protocol.methods, protocol.rate(method), protocol.seed, protocol.seeds) == ((method,), 3e-4, 0, 1)
+    found = dict(protocol.special[method])
+    assert found.pop("target_names") == [r"(^|\.)q_proj$", r"(^|\.)v_proj$"]
+    assert found.pop("exclude_names") == []
+    assert found == fields
+    task: Any = make_task("gsm8k", protocol.knobs)
+    assert (task.model, task.steps, task.weight_decay) == ("meta-llama/Llama-3.2-3B", 100, 0.0)
+    assert (task.length, task.new_tokens, task.scored_at_once, task.answers) == (768, 300, 50, "stated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "knobs"),
+    [
+        ({"dtype": "int8"}, {"quantize": "int8"}),
+        ({"dtype": "int4"}, {"quantize": "fp4"}),
+        ({"dtype": "float32"}, {"dtype": "float32"}),
+        ({"lr_scheduler": None}, {"schedule": "constant"}),
+        ({"use_gc": True}, {"checkpointing": True}),
+        ({"generation_kwargs": {"cache_implementation": "static", "max_length": 700}}, {"new_tokens": 700}),
+    ],
+)
+def test_training_parameters(changes: dict[str, Any], knobs: dict[str, Any]) -> None:
+    found = training_knobs({**DEFAULTS, **changes})
+    assert {name: found[name] for name in knobs} == knobs
+    make_task("gsm8k", found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_type": "lora-fa"}, "optimizer_type='lora-fa' has no counterpart in task 'gsm8k'"),
+        ({"optimizer_kwargs": {"lr": 1e-4, "betas": [0.9, 0.9]}}, r"optimizer_kwargs\.betas=\[0\.9, 0\.9\] has"),
+        ({"use_amp": True}, "use_amp=True"),
+        ({"generation_kwargs": {"do_sample": True}}, "generation_kwargs.do_sample=True"),
+        ({"something": 3}, "something=3 has no counterpart.*take it out, or use --protocol peft"),
+    ],
+)
+def test_training_parameters_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        training_knobs({**DEFAULTS, **changes})
+
+
+def test_folders_that_are_refused(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"adapter_config\.json cannot be read: FileNotFoundError"):
+        protocol_of("gsm8k", str(tmp_path), places)
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
+    with pytest.raises(TaskError, match=r"init_lora_weights='olora'"):
+        protocol_of("gsm8k", experiment(tmp_path, cfg), places)
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
+    with pytest.raises(TaskError, match="has settings of single layers, as rank_pattern; take them out"):
+        protocol_of("gsm8k", experiment(tmp_path, cfg), places)
+    gates = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    with pytest.raises(TaskError, match="is ia3(_ff)? and ia3(_ff)? here, two adapters"):
+        protocol_of("gsm8k", experiment(tmp_path, gates), places)
+
+
+def test_the_command(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder says what is compared; what is named beside it goes over it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
+    cfg = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    place = experiment(tmp_path, cfg, {"seed": 3, "optimizer_kwargs": {"lr": 2e-4, "weight_decay": 0.1}})
+    out = tmp_path / "r.jsonl"
+    named = ["--task", "gsm8k", "--model", places["model"], "--data", places["data"], "--out", str(out)]
+    done = CliRunner().invoke(
+        bench, [*named, "--protocol", place, "--no-anchors", "--quick", "--steps", "8", "--seeds", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    (run,) = [record for record in read([out]) if record.kind == "run"]
+    assert (run.job.method, run.job.seed, run.job.lr, run.job.steps) == ("lora", 3, 2e-4, 8)
+    assert run.outcome.config["alpha"] == 8  # type: ignore[union-attr]
+    assert run.outcome.layers == 2  # type: ignore[union-attr]
