@@ -49,13 +49,27 @@ recipes *words:
 bnb-smoke:
     uv run pytest tests/test_quantised.py tests/test_twins.py tests/test_packing.py tests/test_four_bit.py
 
+# a few training steps, save and reload on Qwen3: a name on the hub, a folder, or (without) a tiny one made on the spot
+qwen-probe *arguments:
+    uv run python examples/qwen_probe.py {{arguments}}
+
 lint:
     uv run ruff check .
     uv run ruff format --check .
     uv run pyright
 
-# before every commit
-check: lint test
+# the kit on every installed variant: half a minute a core
+smoke:
+    uv run pytest tests/test_kit.py -m "slow or not slow" -k keep_every_promise
+
+# build every package, and look at its metadata as an index would
+dist:
+    rm -rf dist
+    uv build --all-packages --out-dir dist
+    uvx twine check --strict dist/*
+
+# before every commit: lint, tests, smoke of all variants, packages and their metadata
+check: lint test smoke dist
 
 # resolve all versions anew and reduce the lock to pins
 lock:
@@ -68,6 +82,3 @@ lock:
 docs:
     uv run python tools/make_docs.py
     uv run sphinx-build -W -n -q -b html docs docs/_build
-
-wheels:
-    uv build --all-packages --wheel --out-dir dist

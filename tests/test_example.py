@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,3 +26,12 @@ def test_the_example_keeps_every_promise(registered: Any, monkeypatch: pytest.Mo
         assert [result.message for result in run_checks(module.ScaleConfig(block=8)) if not result.ok] == []
     finally:
         del sys.modules["lora_lite_scale"]
+
+
+@pytest.mark.slow
+def test_the_probe_of_a_real_model() -> None:
+    """On a tiny one that is made on the spot."""
+    script = EXAMPLE.parent / "qwen_probe.py"
+    done = subprocess.run([sys.executable, script, "--steps", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(r"^\w+: loss .* reloaded$", done.stdout, flags=re.M)) == 3

@@ -23,6 +23,7 @@ from lora_lite_core.testing.runner import CHECKS
 
 DOCS = Path(__file__).parents[1] / "docs"
 CONFIGS = (ll.AdapterConfig, ll.RankConfig, ll.LowRankConfig)
+CODE = re.compile(r'^\s*"|\w\(\)\.|^ *for .* in .*:$', re.MULTILINE)  # blocks of a docstring that are no formulas
 NOTE = "<!-- made by tools/make_docs.py from the code; edit that -->\n"
 
 
@@ -95,7 +96,11 @@ def explained(body: str) -> str:
     """A docstring: blocks of formulas typeset, what stands between them as prose."""
     parts = re.split(r"((?:^ {4}.*\n)+)", body.strip("\n") + "\n", flags=re.M)
     return "\n".join(
-        typeset(part) if part.startswith("    ") else prose(part.strip("\n")) + "\n" for part in parts if part.strip()
+        (text(part) if CODE.search(part) else typeset(part))
+        if part.startswith("    ")
+        else prose(part.strip("\n")) + "\n"
+        for part in parts
+        if part.strip()
     )
 
 

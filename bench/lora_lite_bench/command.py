@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "--task", "tasks", multiple=True, metavar="NAME", help="Repeatable.  [default: shifted; with --full all but gsm8k]"
 )
 @click.option("--knob", "knobs", multiple=True, metavar="FIELD=VALUE", help="Of the tasks, as in --knob facts=512.")
+@click.option("--all", "everything", is_flag=True, help="Every installed variant, not a few of each kind.")
 @click.option("--full", is_flag=True, help="All small tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
 @click.option("--protocol", default="", metavar="NAME|FOLDER", help="A task's named settings: peft, lora-lite (gsm8k).")
@@ -52,6 +53,7 @@ def bench(
     variants: tuple[str, ...],
     tasks: tuple[str, ...],
     knobs: tuple[str, ...],
+    everything: bool,
     full: bool,
     quick: bool,
     protocol: str,
@@ -69,7 +71,8 @@ def bench(
     quantize: str | None,
     make_base: bool,
 ) -> None:
-    """Train VARIANTS (default: all installed; FILE.py runs a module's file) on tasks that the base model cannot do.
+    """Train VARIANTS (default: one of each kind, and all of other projects' packages; FILE.py runs a module's file) on
+    tasks that the base model cannot do.
 
     Every variant has its learning rate swept on the validation split (by successive halving), is trained on the same
     batches for every seed, scored on the test split, saved, reloaded onto a fresh base and checked to compute the same.
@@ -94,7 +97,7 @@ def bench(
         raise click.BadParameter(f"folder {out.parent} of {out} does not exist")
     if full and quick:
         raise click.UsageError("--full and --quick: give one of them")
-    names, files = _named(variants)
+    names, files = _named(variants, everything)
     named = {"model": base, "data": data, "quantize": quantize}
     comparison = Comparison(
         tasks=tasks or (tuple(small_task_names()) if full else ("shifted",)),
@@ -159,9 +162,9 @@ def _show(comparison: Comparison, out: Path) -> None:
         click.echo(f"pictures: {page}")
 
 
-def _named(asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+def _named(asked: tuple[str, ...], everything: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The names of what was asked for, and the files that some of them are in."""
-    names = variant_names(asked)
+    names = variant_names(asked, everything)
     files = {
         name: str(Path(one).resolve())
         for one, name in zip(dict.fromkeys(asked), names, strict=False)
@@ -170,12 +173,20 @@ def _named(asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(dict.fromkeys(names)), files
 
 
-def variant_names(asked: tuple[str, ...]) -> list[str]:
+# A method of each kind, for a first table in minutes; every variant of another project's package comes with them.
+FEW = ("dora", "hra", "ia3", "lora", "lora_xs", "oft", "pissa", "vera")
+
+
+def variant_names(asked: tuple[str, ...], everything: bool = False) -> list[str]:
+    """Those asked for, by name or as files; or all that are installed; or a few of ours with all of others."""
     import lora_lite_core as ll
+    from lora_lite_core.discovery.name_conflicts import FIRST_PARTY
 
     if asked:
         return [ll.get_variant(variant_at(name)).name for name in dict.fromkeys(asked)]
-    return [info.name for info in ll.list_variants() if info.state == "ok" and _goes_without(info.name)]
+    usable = [info.name for info in ll.list_variants() if info.state == "ok"]
+    chosen = usable if everything else [name for name in usable if name in FEW or name not in FIRST_PARTY]
+    return [name for name in chosen if _goes_without(name)]
 
 
 def _goes_without(name: str) -> bool:

@@ -25,6 +25,7 @@ INIT_HEADS = ("start", "ms", "against", "ms", "ratio", "without forward", "error
 
 @click.command(short_help="Time variants against Hugging Face PEFT and the frozen model.")
 @click.argument("variants", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every installed variant, not a few of each kind.")
 @click.option("--hidden", default=512, show_default=True, type=click.IntRange(64), help="Width of the model.")
 @click.option("--rank", default=32, show_default=True, type=click.IntRange(2), help="r of the methods that have one.")
 @click.option("--layers", default=2, show_default=True, type=click.IntRange(1), help="Transformer blocks.")
@@ -37,10 +38,18 @@ INIT_HEADS = ("start", "ms", "against", "ms", "ratio", "without forward", "error
 @click.option("--no-init", is_flag=True, help="Leave out how long EVA and PiSSA take to start; they take minutes.")
 @click.option("--quick", is_flag=True, help="Tiny sizes: a check that all works, not a result.")
 @click.option("--out", default="speed.json", show_default=True, type=click.Path(path_type=Path), help="Overwritten.")
-def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, out: Path, **sizes: Any) -> None:
-    """Time VARIANTS (default: all installed): a training step and a single-token pass of a stack of transformer blocks
-    whose every linear layer is adapted, and attaching, beside the same method in PEFT (pip install peft) and the frozen
-    model.
+def speed(
+    variants: tuple[str, ...],
+    everything: bool,
+    threads: int,
+    no_init: bool,
+    quick: bool,
+    out: Path,
+    **sizes: Any,
+) -> None:
+    """Time VARIANTS (default: one of each kind, and all of other projects' packages): a training step and a
+    single-token pass of a stack of transformer blocks whose every linear layer is adapted, and attaching, beside the
+    same method in PEFT (pip install peft) and the frozen model.
 
     Everything runs in one process, interleaved. Times are medians of processor time (on CUDA, of events), ratios
     medians of ratios within rounds. Prints a table in Markdown and writes all numbers to speed.json.
@@ -66,7 +75,7 @@ def speed(variants: tuple[str, ...], threads: int, no_init: bool, quick: bool, o
     settings = Settings(**sizes)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
-    rows = cases(variant_names(variants), settings)
+    rows = cases(variant_names(variants, everything), settings)
     measured, starts = _measure(rows, settings, no_init, quick)
     report: dict[str, Any] = {
         "machine": machine(settings.device),

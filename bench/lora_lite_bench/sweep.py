@@ -3,8 +3,8 @@
 Per method: every rate of the grid trains for a quarter of the steps on the first seed; when the best is the first or
 last of the grid, the grid goes on on that side. The best half of the grid, and the rate below the best, train for half
 of the steps, and on down while the lowest is the best: longer runs want lower rates. The best two of these train for
-all steps on the first two seeds, the one with the better mean validation score on the others too, and is reported. In
-the short runs best is the lowest validation loss. No test score decides anything.
+all steps on all seeds (`race` of them), and the one with the better mean validation score is reported. In the short
+runs best is the lowest validation loss. No test score decides anything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     beyond: int = 4
     finalists: int = 2
-    race: int = 2
+    race: int = 5
 
 
 def plan(job: Job, settings: Settings, stated_lr: float | None = None) -> Plan:
