@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -106,6 +107,18 @@ def test_the_core_names_no_method() -> None:
         found = {line for line in source.splitlines() if methods.search(line)}
         allowed = {line for line in found if "try: pip install" in line}
         assert found == allowed, (path, found - allowed)
+
+
+def test_a_variant_imports_no_other() -> None:
+    """Each module is read alone; what several need to read PEFT's folders is in modules that begin with `_`."""
+    for package in (ROOT / "plugins").glob("*/lora_lite_*"):
+        modules = {path.stem: path for path in package.glob("[a-z]*.py")}
+        for name, path in modules.items():
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom):
+                    named = {node.module or "", *(alias.name for alias in node.names)}
+                    assert node.level == 0 or not named & modules.keys(), f"{package.name}.{name} imports {named}"
+                    assert node.level or (node.module or "").partition(".")[0] != package.name, f"{package.name}.{name}"
 
 
 # --- the lock file -----------------------------------------------------------------------------------------------

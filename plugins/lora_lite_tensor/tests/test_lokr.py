@@ -26,7 +26,9 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
     return torch.cat([torch.cat([one * w2 for one in row], dim=1) for row in w1])
 
 
-@pytest.mark.parametrize(("fields", "parts"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("fields", "parts"), CASES, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)
+)
 def test_formula(fields: dict[str, Any], parts: set[str]) -> None:
     layer, x = filled(ll.LoKrConfig(**fields))
     assert {name[5:] for name, _ in layer.named_parameters() if name.startswith("lora_")} == parts
@@ -55,7 +57,9 @@ def test_the_split(sizes: tuple[int, int], factor: int, shapes: Any) -> None:
     assert layer.lora_w1.all()
 
 
-@pytest.mark.parametrize(("fields", "parts"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("fields", "parts"), CASES, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)
+)
 def test_parity_with_peft(fields: dict[str, Any], parts: set[str]) -> None:
     peft = pytest.importorskip("peft")
     layer, x = filled(ll.LoKrConfig(**fields), torch.float32)
