@@ -199,7 +199,7 @@ def places(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def safe(text: str, most: int = 20_000) -> bool:
+def safe(text: str, most: int = 60_000) -> bool:
     """Nothing that a terminal would obey, and no line or text without end."""
     shown = not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
     return shown and max(map(len, text.split("\n"))) <= 3_000 and len(text) <= most

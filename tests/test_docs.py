@@ -31,7 +31,9 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quickstart_and_what_else_there_is(in_a_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart, more, _, _ = blocks("python")
+    first, quickstart, more, _, _ = blocks("python")
+    exec(compile(first, "README, first lines", "exec"), {})
+    (in_a_folder / "adapter.safetensors").unlink()
     names: dict[str, object] = {}
     exec(compile(quickstart, "README quickstart", "exec"), names)
     assert (in_a_folder / "adapter.safetensors").exists()
@@ -46,7 +48,7 @@ def test_the_variant_in_the_readme_works(registered, tmp_path: Path) -> None:
     module = types.ModuleType("lora_lite_gained")
     sys.modules["lora_lite_gained"] = module  # dataclasses looks its module up
     try:
-        exec(compile(blocks("python")[2], "README variant", "exec"), vars(module))
+        exec(compile(blocks("python")[3], "README variant", "exec"), vars(module))
         registered(module, name="gained")
         model = net()
         base = model(token_ids())
@@ -59,7 +61,7 @@ def test_the_variant_in_the_readme_works(registered, tmp_path: Path) -> None:
         fresh = net()
         ll.load(fresh, tmp_path / "a.safetensors")
         assert torch.equal(fresh(token_ids()), trained)
-        exec(compile(blocks("python")[3], "README test", "exec"), vars(module))
+        exec(compile(blocks("python")[4], "README test", "exec"), vars(module))
         (mark,) = module.test_gained.pytestmark
         assert "identity_at_start" in [case.id for case in mark.args[1]]
         for case in mark.args[1]:

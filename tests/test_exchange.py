@@ -174,8 +174,8 @@ def edited(folder: Path, **fields: Any) -> Path:
             r"target_parameters: experts is no parameter of this model",
         ),
         (
-            {"peft_type": "VERA"},
-            r"no installed variant reads peft_type 'VERA' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: delora, dora, hra",
+            {"peft_type": "POLY"},
+            r"no installed variant reads peft_type 'POLY' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: adalora, alora, bitfit",
         ),
         ({"bias": "some"}, "bias='some' in adapter_config.json: it is 'none', 'all' or 'lora_only'"),
         (

@@ -23,7 +23,12 @@ from lora_lite_core.testing import run_checks
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", flags=re.M | re.S)
-NOT_RUN = ("pip install ", "python -m build ", "twine upload ")  # tests/test_packaging.py does the like
+NOT_RUN = (
+    "pip install ",
+    "python -m build ",
+    "twine upload ",
+    "python tools/measure_many.py",
+)  # tests/test_packaging.py does the like
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "recipes.md")  # tests/test_recipes.py
 LANGUAGES = ("python", "sh", "text", "toml", "{toctree}")
 
@@ -33,7 +38,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def modules(page: str) -> dict[str, str]:
-    """The Python blocks that are whole files: `# lora_lite_ssf/__init__.py` → the text under "ssf"."""
+    """The Python blocks that are whole files: `# lora_lite_myssf/__init__.py` → the text under "myssf"."""
     files = {
         re.match(r"# lora_lite_(\w+)/__init__\.py\n", code): code
         for language, code in blocks(page)
@@ -69,8 +74,8 @@ def test_a_page_runs(
     notebook = written("page", "")
     before, printed = "", ""
     files = modules(page)
-    if "vera" in files:
-        (tmp_path / "my_method.py").write_text(files["vera"].replace('"vera"', '"mine"'), encoding="utf-8")
+    if "myvera" in files:
+        (tmp_path / "my_method.py").write_text(files["myvera"].replace('"myvera"', '"mine"'), encoding="utf-8")
     for language, code in blocks(page):
         assert language in LANGUAGES, f"{page} has a block in {language!r}"
         if language == "python" and code in files.values():
@@ -108,17 +113,17 @@ def test_the_variants_on_the_page_keep_every_promise(variant: str, written: Any)
 
 
 def test_the_failure_that_the_page_shows(written: Any) -> None:
-    code = modules("authoring.md")["ssf"]
+    code = modules("authoring.md")["myssf"]
     wrong = code.replace("return torch.addcmul(y, y, g) + beta", "return y.mul_(1 + g).add_(beta)")
     assert wrong != code
-    module = written("lora_lite_ssf", wrong, "ssf")
-    (result,) = run_checks(module.SSFConfig(), only=["inputs_are_not_written"])
+    module = written("lora_lite_myssf", wrong, "myssf")
+    (result,) = run_checks(module.MySSFConfig(), only=["inputs_are_not_written"])
     shown = [re.sub(r"0\.\d+", "#", code) for _, code in blocks("authoring.md")]
     assert re.sub(r"0\.\d+", "#", f"{result.name}: {result.message}\n") in shown
 
 
 def test_the_files_that_the_page_shows(tmp_path: Path) -> None:
-    package = new_package("ssf", tmp_path, "Ada L.")
+    package = new_package("myssf", tmp_path, "Ada L.")
     (tree,) = (code for language, code in blocks("authoring.md") if language == "text" and "├──" in code)
     shown = [line.lstrip("├└─ ") for line in tree.splitlines()[1:]]
     assert sorted(shown) == sorted(str(path.relative_to(package)) for path in package.rglob("*") if path.is_file())

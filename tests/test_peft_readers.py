@@ -131,7 +131,7 @@ def test_a_broken_package_does_not_keep_others_from_reading(source: str, install
     [
         (
             "def from_peft(): ...\nraise RuntimeError('broken')",
-            r"no installed variant reads peft_type 'SHIFT' with shift \(a\)\n  variants that read PEFT's files: delora,.*\n  left out, because they cannot be imported: first \(BrokenPlugin: variant 'first' of first 1.5 cannot be imported: RuntimeError: br",
+            r"no installed variant reads peft_type 'SHIFT' with shift \(a\)\n  variants that read PEFT's files: adalora,.*\n  left out, because they cannot be imported: first \(BrokenPlugin: variant 'first' of first 1.5 cannot be imported: RuntimeError: br",
         ),
         (
             gate("first", "return 1 / 0"),

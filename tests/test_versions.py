@@ -36,6 +36,8 @@ VERSIONS[3] = VERSIONS[2] | {
     "forward": ["x", "y", "params", "cfg", "layer", "training", "context"],
     "before_step": ["targets", "cfg", "step"],
     "penalty": ["params", "cfg"],
+    "to_peft": ["params", "cfg", "layer", "name", "sizes"],
+    "from_peft": ["config", "tensors", "layer", "name", "sizes"],
 }
 
 

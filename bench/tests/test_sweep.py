@@ -64,7 +64,7 @@ def test_a_grid_that_is_not_continued() -> None:
 
 
 def test_finalists_race_on_the_first_seeds_and_validation_chooses() -> None:
-    settings = Settings(rates=SETTINGS.rates, seeds=(0, 1, 2))
+    settings = Settings(rates=SETTINGS.rates, seeds=(0, 1, 2), race=2)
     race, last = played(settings, lambda job: abs(math.log(job.lr / (3e-3 if job.steps < 100 else 1e-3))))[-2:]
     assert [(job.lr, job.seed) for job in race] == [(3.2e-3, 0), (3.2e-3, 1), (1e-3, 0), (1e-3, 1)]
     assert [(job.lr, job.seed, job.whole) for job in last] == [(1e-3, 0, True), (1e-3, 1, True), (1e-3, 2, True)]

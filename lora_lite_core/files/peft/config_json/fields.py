@@ -126,7 +126,7 @@ KINDS = {
 }  # fmt: skip
 OF_TYPE = {"ADALORA": {"rank_pattern": MASKS}}  # where a peft_type means something else by a field
 
-OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha")}  # null, where there is no LoRA beside the entries
+OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha"), "DEFT": ("alpha",)}  # null: none beside the entries; as r
 
 
 class Tracked(dict[str, _V]):
