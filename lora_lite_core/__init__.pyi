@@ -99,7 +99,11 @@ from .layers.kinds.layer_kinds import layer_dtype as layer_dtype
 from .layers.weight_reading import base_forward as base_forward
 from .layers.weight_reading import dense_weight as dense_weight
 from .layers.weight_sketch import sketch as sketch
+from .toolbox.calibration import Accumulator as Accumulator
+from .toolbox.calibration import Moments as Moments
 from .toolbox.calibration import calibration_batches as calibration_batches
+from .toolbox.calibration import collect_inputs as collect_inputs
+from .toolbox.calibration import principal_directions as principal_directions
 from .toolbox.calibration import run_batch as run_batch
 from .toolbox.coverage import Coverage as Coverage
 from .toolbox.coverage import coverage as coverage

@@ -121,6 +121,13 @@ def test_a_variant_imports_no_other() -> None:
                     assert node.level or (node.module or "").partition(".")[0] != package.name, f"{package.name}.{name}"
 
 
+def test_variants_use_what_anybody_may_use() -> None:
+    for path in (ROOT / "plugins").glob("*/lora_lite_*/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("lora_lite_core."), f"{path.name} imports {node.module}"
+
+
 # --- the lock file -----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ class Accumulator:
         self.count = 0
 
     def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, d_in), and count them."""
         raise NotImplementedError
 
 
@@ -74,6 +75,7 @@ class Moments(Accumulator):
         self._gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, d_in), and count them."""
         if self._sum is None or self._gram is None:
             self._sum, self._gram = rows.new_zeros(self.d_in), rows.new_zeros(self.d_in, self.d_in)
         self.count += len(rows)

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import CalibrationError, ConfigError, ParamSpec, Target, TargetError, dense_weight, truncated_svd
-from lora_lite_core.toolbox.calibration import calibration_batches, collect_inputs
+from lora_lite_core import (
+    CalibrationError,
+    ConfigError,
+    ParamSpec,
+    Target,
+    TargetError,
+    calibration_batches,
+    collect_inputs,
+    dense_weight,
+    truncated_svd,
+)
 
 from ._statistics import statistic
 

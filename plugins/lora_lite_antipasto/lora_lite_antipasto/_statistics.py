@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_lite_core import CalibrationError
-from lora_lite_core.toolbox.calibration import Accumulator, Moments
+from lora_lite_core import Accumulator, CalibrationError, Moments
 
 DAMPING = 0.01  # of the mean, added to every eigenvalue of the second moment and to every mean |x|
 

@@ -27,9 +27,12 @@ from torch import Tensor, nn
 from lora_lite_core import (
     ConfigError,
     DropoutConfig,
+    Moments,
     ParamSpec,
     Target,
     TargetError,
+    calibration_batches,
+    collect_inputs,
     dense_weight,
     dropped,
     hookimpl,
@@ -37,7 +40,6 @@ from lora_lite_core import (
     sketch,
     truncated_svd,
 )
-from lora_lite_core.toolbox.calibration import Moments, calibration_batches, collect_inputs
 
 from . import _peft_offsets
 

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import CalibrationError, Target, TargetError, dense_weight, truncated_svd
-from lora_lite_core.toolbox.calibration import Accumulator, Moments, calibration_batches, collect_inputs
+from lora_lite_core import (
+    Accumulator,
+    CalibrationError,
+    Moments,
+    Target,
+    TargetError,
+    calibration_batches,
+    collect_inputs,
+    dense_weight,
+    truncated_svd,
+)
 
 
 def singular_triplets(

@@ -24,13 +24,16 @@ from lora_lite_core import (
     CalibrationError,
     ConfigError,
     DropoutConfig,
+    Moments,
     ParamSpec,
     Target,
+    calibration_batches,
+    collect_inputs,
     dropped,
     hookimpl,
     lowrank_delta,
+    principal_directions,
 )
-from lora_lite_core.toolbox.calibration import Moments, calibration_batches, collect_inputs, principal_directions
 
 
 @dataclass(frozen=True, kw_only=True)
