@@ -118,6 +118,7 @@ def bench(
     failures = _carry_out(comparison, jobs, out, Console(stderr=True))
     if main:
         _show(comparison, out)
+    processes().end()
     if failures:
         raise click.ClickException("\n".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 

@@ -43,6 +43,9 @@ class Processes:
         """work(), in the first process before the others."""
         return work()
 
+    def end(self) -> None:
+        """Leave the others, when all are done."""
+
 
 class Several(Processes):
     """More than one, by accelerate: NCCL where there are GPUs, gloo on CPUs."""
@@ -73,6 +76,10 @@ class Several(Processes):
     def main_first(self, work: Callable[[], T]) -> T:
         with self.state.main_process_first():
             return work()
+
+    def end(self) -> None:
+        self.state.wait_for_everyone()
+        self.state.destroy_process_group()
 
 
 @cache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 import lora_lite as ll
 from lora_lite_transformers import AdapterTrainer
@@ -39,6 +39,10 @@ arguments = TrainingArguments(
 )
 Adapted(model(), arguments, train_dataset=rows).train()
 Adapted(model(), arguments, train_dataset=rows).train(resume_from_checkpoint=sys.argv[1] + "/checkpoint-2")
+if torch.distributed.is_initialized():  # or a thread of torch's own may abort the process as the interpreter ends
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
 """
 
 
