@@ -131,3 +131,12 @@ def test_mistakes(arguments: dict[str, Any], error: type[Exception], text: str) 
         ll.combine(model, **{"weights": {"a": 1.0}, "name": "c", **arguments})
     assert list(ll.adapters(model)) == ["a", "shift"]
     assert torch.equal(out(model), before)
+
+
+def test_without_the_package_of_what_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    put(model, "hra", "a")
+    monkeypatch.setenv("LORA_LITE_BLOCK", "lora")
+    with pytest.raises(ll.UnknownVariant, match="variant 'lora' of lora-lite-lora is blocked by LORA_LITE_BLOCK=lora"):
+        ll.combine(model, {"a": 1.0}, name="b")
+    assert list(ll.adapters(model)) == ["a"]

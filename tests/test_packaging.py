@@ -64,8 +64,9 @@ def python(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
 def test_all_wheels(wheels: Path) -> None:
     names = {path.name.split("-")[0] for path in wheels.glob("*.whl")}
     assert names == {
-        "lora_lite", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho", "lora_lite_peft", "lora_lite_svd",
-        "lora_lite_scale", "lora_lite_transformers", "lora_lite_vllm",
+        "lora_lite", "lora_lite_antipasto", "lora_lite_bench", "lora_lite_core", "lora_lite_lora", "lora_lite_ortho",
+        "lora_lite_peft", "lora_lite_repr", "lora_lite_scale", "lora_lite_shared", "lora_lite_sparse", "lora_lite_svd",
+        "lora_lite_tensor", "lora_lite_transformers", "lora_lite_vllm", "lora_lite_weight",
     }  # fmt: skip
     contents = run("python3", "-m", "zipfile", "-l", next(wheels.glob("lora_lite_bench-*.whl")), cwd=wheels).stdout
     for part in ("base_model/model.safetensors", "base_model/README.md", "base_model/tokenizer.json", "py.typed"):
@@ -88,10 +89,10 @@ def test_a_scaffolded_package_builds_installs_and_passes_its_tests(
     run("uv", "pip", "install", "--python", python, own, scale, "pytest", cwd=folder)
     shutil.rmtree(package / "lora_lite_my_gain")  # the tests are to see what is installed
     done = run(python, "-m", "pytest", "-q", cwd=package)
-    assert re.search(r"\b3\d passed", done.stdout), done.stdout
+    assert re.search(r"\b4\d passed", done.stdout), done.stdout
     shutil.copytree(EXAMPLE / "tests", folder / "example")
     done = run(python, "-m", "pytest", "-q", cwd=folder / "example")
-    assert re.search(r"\b3\d passed", done.stdout), done.stdout
+    assert re.search(r"\b4\d passed", done.stdout), done.stdout
     listed = run(python, "-m", "lora_lite_core", "variants", cwd=folder).stdout
     assert re.search(r"^my_gain +lora-lite-my-gain 0\.1\.0 +ok +My gain: ", listed, flags=re.M)
     run(python, "-c", "import lora_lite as ll; print(ll.MyGainConfig(r=2))", cwd=folder)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attached.adapter import adapters
 from ..attached.switching.choosing import active, routed, strength
-from ..contract.errors import LoraLiteError, MergeError, MissingPlugin
+from ..contract.errors import LoraLiteError, MergeError, UnknownVariant
 from ..files.load import load
 from ..files.peft.combining import combine
 from ..files.save import save
@@ -198,8 +198,8 @@ def check_combined(s: Subject) -> None:
         before = list(adapters(model))
         try:
             combine(model, {"one": 0.7, "two": -0.3}, name="sum")
-        except MissingPlugin:
-            return  # the package of `lora` is not installed
+        except UnknownVariant:
+            return  # no package with `lora` is installed
         except MergeError:
             must(list(adapters(model)) == before, "a refused combination leaves an adapter behind")
             return

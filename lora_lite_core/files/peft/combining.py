@@ -16,6 +16,7 @@ from ...attached.records import check_name, check_outside, record_of, targets_of
 from ...attached.targets.experts import single
 from ...contract.errors import ConfigError
 from ...contract.target import Target
+from ...discovery.registry import get_variant
 from ...weights.probing import READING
 from .config_json.layout import refuse_whole_modules
 from .importing import import_peft
@@ -58,6 +59,7 @@ def combine(
     for what is not affine in its input, or shifts a bias.
     """
     rule = _checked(weights, rank, method, density)
+    get_variant("lora")  # or what is made could not be read
     check_name(model, name)
     check_not_sharded(model, GATHER)
     check_outside(model, *READING)
