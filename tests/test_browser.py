@@ -52,6 +52,8 @@ def looked_at(browser: Path, pages: list[Path]) -> list[dict[str, Any]]:
 
 
 def bright(colour: str) -> float:
+    if colour == "rgba(0, 0, 0, 0)":
+        return 1.0  # the page's own white
     red, green, blue = (int(part) for part in re.findall(r"\d+", colour)[:3])
     return (red + green + blue) / 765
 
