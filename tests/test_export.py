@@ -228,3 +228,13 @@ def test_layers_stored_both_ways(name: str, tmp_path: Path) -> None:
     moved(model, config(name, r=4))
     ll.export_lora(model, tmp_path / "out")
     checked_with_peft(base, tmp_path / "out", mixed_outputs(model))
+
+
+def test_a_method_that_takes_all_there_is_has_no_rank_of_its_own(tmp_path: Path) -> None:
+    """SVFT's r=None: its change is refused as every other of full rank, and written at a rank that is given."""
+    model = nn.Sequential(nn.Linear(12, 12, bias=False))
+    for parameter in ll.attach(model, ll.LoraLiteConfig(variant="svft")).parameters():
+        nn.init.normal_(parameter)
+    with pytest.raises(ll.MergeError, match="needs rank 12"):
+        ll.export_lora(model, tmp_path / "full")
+    assert ll.export_lora(model, tmp_path / "cut", rank=4).rank == 4

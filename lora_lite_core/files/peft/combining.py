@@ -20,7 +20,7 @@ from ...discovery.registry import get_variant
 from ...weights.probing import READING
 from .config_json.layout import refuse_whole_modules
 from .importing import import_peft
-from .serving.lora_folder import change_of, check_rank, factors, needed, write_lora
+from .serving.lora_folder import change_of, check_rank, factors, needed, rank_of, write_lora
 from .serving.report import LoRAExport
 
 COMPLETE = 1e-7  # relative error of ΔW that counts as none: what float32 keeps of it
@@ -72,7 +72,7 @@ def combine(
         for path, each in found.items()
     }
     whole = max(1, *(needed(S, COMPLETE) for _, S, _ in parts.values()))
-    own = [_rank(target) for target in targets.values()]
+    own = [rank_of(target) for target in targets.values()]
     size = rank or (whole if method == "exact" else min(whole, max(1, *own)))
     with tempfile.TemporaryDirectory() as folder:
         result = LoRAExport(Path(folder) / name, size)
@@ -91,16 +91,11 @@ def _changes(
     for name, weight in weights.items():
         for path, target in targets_of(model, name).items():
             held = targets.setdefault(path, target)
-            if _rank(target) > _rank(held):
+            if rank_of(target) > rank_of(held):
                 targets[path] = target
             for one in single(target):
                 found.setdefault(one.name, []).append((weight, change_of(one, inactive=True)))
     return targets, found
-
-
-def _rank(target: Target) -> int:
-    """0 for methods without, and for those that take all there is."""
-    return getattr(target.cfg, "r", 0) or 0
 
 
 def _checked(weights: Mapping[str, float], rank: int | None, method: str, density: float) -> Rule:

@@ -80,6 +80,11 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
+def _or_null(kind: tuple[str, _Check]) -> tuple[str, _Check]:
+    what, fits = kind
+    return what, lambda v: v is None or fits(v)
+
+
 def _flags(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, bool) for one in value)
 
@@ -124,9 +129,12 @@ KINDS = {
     "use_cayley_neumann": FLAG, "variant": TEXT, "group_size": WHOLE, "delora_lambda": NUMBER,
     "kasa_config": WEIGHTS,
 }  # fmt: skip
-OF_TYPE = {"ADALORA": {"rank_pattern": MASKS}}  # where a peft_type means something else by a field
-
-OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha"), "DEFT": ("alpha",)}  # null: none beside the entries; as r
+# Where a peft_type means something else by a field, or lets it be null: no LoRA beside the entries; the rank.
+OF_TYPE: dict[str, dict[str, tuple[str, _Check]]] = {
+    "ADALORA": {"rank_pattern": MASKS},
+    "SUPERTUNING": {"r": _or_null(WHOLE), "lora_alpha": _or_null(NUMBER)},
+    "DEFT": {"alpha": _or_null(NUMBER)},
+}
 
 
 class Tracked(dict[str, _V]):
@@ -162,7 +170,7 @@ def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
     kinds = {**KINDS, **OF_TYPE.get(str(config.get("peft_type")), {})}
     for name, value in config.items():
         what, fits = SHARE if name.endswith("dropout") else kinds.get(name, ("", lambda _: True))
-        if not fits(value) and not (value is None and name in OPTIONAL.get(str(config["peft_type"]), ())):
+        if not fits(value):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
             raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")

@@ -17,7 +17,7 @@ from ..config_json.layout import dtype_of, refuse_whole_modules
 from ..folder_writing import checked_folder
 from ..tensor_forms.tied_tokens import leaders
 from .check_prompt import check_prompt
-from .lora_folder import change_of, check_rank, error_by_rank, factors, needed, write_lora
+from .lora_folder import change_of, check_rank, error_by_rank, factors, needed, rank_of, write_lora
 from .report import LoRAExport
 from .served_names import served_model, served_names
 
@@ -71,7 +71,7 @@ def export_lora(
     parts = {one.name: factors(change_of(one), tol) for each in singles.values() for one in each}
     size = rank or max(1, *(needed(S, tol) for _, S, _ in parts.values()))
     if rank is None:
-        own = {one.name: getattr(one.cfg, "r", 0) for each in singles.values() for one in each}
+        own = {one.name: rank_of(one) for each in singles.values() for one in each}
         _check_low(parts, own, tol, f"'{name}' ({record.variant.name})")
     result = LoRAExport(folder, size, renamed={path: new for path, new in names.items() if path != new})
     if check is not False:

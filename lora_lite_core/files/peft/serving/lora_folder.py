@@ -24,6 +24,11 @@ def check_rank(rank: int | None) -> None:
         raise ConfigError(f"rank={rank!r}: a rank is a whole number from 1")
 
 
+def rank_of(target: Target) -> int:
+    """What its config says; 0 for methods without a rank, and for those that take all there is (r=None)."""
+    return getattr(target.cfg, "r", 0) or 0
+
+
 @torch.no_grad()
 def change_of(one: Target, *, inactive: bool = False) -> Tensor:
     """ΔW of a layer, or of one of a target's experts, float64; MergeError where the bias changes as well."""
