@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
+
+from .models import Net, token_ids
 
 D_IN, D_OUT = 24, 16
 
@@ -53,3 +56,25 @@ def assert_parity(layer: Any, x: Tensor, theirs: Any, pairs: list[tuple[Tensor, 
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a.flatten(), b.flatten(), rtol=1e-5, atol=1e-5)
+
+
+def peft_net() -> Net:
+    """The small net of the tests, which none of transformers' configs belongs to."""
+    torch.manual_seed(0)
+    model = Net()
+    del model.config
+    return model
+
+
+def saved_by_peft(config: Any, folder: Path, std: float) -> Tensor:
+    """A folder of the peft package with random values, and what its model computes of `token_ids()`."""
+    import peft
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(peft_net(), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder)
+    expected: Tensor = model(token_ids())
+    return expected.detach()

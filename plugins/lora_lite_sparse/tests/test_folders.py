@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import lora_lite as ll
-from tests.models import Net, token_ids
+from tests.models import token_ids
+from tests.oracles import peft_net, saved_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 LAYERS = ["q_proj", "up_proj", "down_proj"]
@@ -35,33 +35,16 @@ CASES: dict[str, Any] = {
 }
 
 
-def net() -> Net:
-    torch.manual_seed(0)
-    model = Net()
-    del model.config  # which is none of transformers'
-    return model
-
-
-def saved(config: Any, folder: Path) -> torch.Tensor:
-    torch.manual_seed(1)
-    model = peft.get_peft_model(net(), config).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return model(token_ids()).detach()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(name: str, tmp_path: Path) -> None:
-    expected = saved(CASES[name](), tmp_path / "theirs")
-    ours = net()
+    expected = saved_by_peft(CASES[name](), tmp_path / "theirs", 0.1)
+    ours = peft_net()
     assert not torch.allclose(ours(token_ids()), expected, atol=1e-2), "it does something"
     adapter = ll.import_peft(ours, tmp_path / "theirs")
     assert adapter.cfg.variant == name.partition(" ")[0].lower()
     torch.testing.assert_close(ours(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
     ll.export_peft(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(net(), tmp_path / "ours").eval()
+    back = peft.PeftModel.from_pretrained(peft_net(), tmp_path / "ours").eval()
     torch.testing.assert_close(back(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -76,8 +59,8 @@ PER_LAYER: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", PER_LAYER)
 def test_sizes_that_differ_are_read_and_not_written(name: str, tmp_path: Path) -> None:
-    expected = saved(PER_LAYER[name](), tmp_path / "theirs")
-    ours = net()
+    expected = saved_by_peft(PER_LAYER[name](), tmp_path / "theirs", 0.1)
+    ours = peft_net()
     ll.import_peft(ours, tmp_path / "theirs")
     torch.testing.assert_close(ours(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ll.MergeError, match=r"has (n_frequency|block_size)=\d+, and PEFT has one for all modules"):
@@ -103,14 +86,14 @@ def test_sizes_that_differ_are_read_and_not_written(name: str, tmp_path: Path) -
     ],
 )
 def test_what_is_refused(config: Any, told: str, tmp_path: Path) -> None:
-    saved(config(), tmp_path / "theirs")
+    saved_by_peft(config(), tmp_path / "theirs", 0.1)
     with pytest.raises(ll.AdapterFileError, match=told):
-        ll.import_peft(net(), tmp_path / "theirs")
+        ll.import_peft(peft_net(), tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", ["SHiRA", "Supertuning"])
 def test_places_of_a_stranger(name: str, tmp_path: Path) -> None:
-    saved(CASES[name](), tmp_path)
+    saved_by_peft(CASES[name](), tmp_path, 0.1)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("indices"))
@@ -119,6 +102,6 @@ def test_places_of_a_stranger(name: str, tmp_path: Path) -> None:
         changed.view(-1)[-1] = wrong
         save_file({**tensors, key: changed}, path)
         with pytest.raises(ll.AdapterFileError, match=r"holds columns that are none of|indices are not \d+ places in"):
-            ll.import_peft(net(), tmp_path)
+            ll.import_peft(peft_net(), tmp_path)
     save_file({**tensors, key: tensors[key].float()}, path)  # as Windows has it
-    ll.import_peft(net(), tmp_path)
+    ll.import_peft(peft_net(), tmp_path)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from tests.models import Net, token_ids
+from tests.models import token_ids
+from tests.oracles import peft_net, saved_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 LAYERS = ["q_proj", "up_proj", "down_proj"]
@@ -27,43 +28,26 @@ CASES: dict[str, Any] = {
 }
 
 
-def net() -> Net:
-    torch.manual_seed(0)
-    model = Net()
-    del model.config  # which is none of transformers'
-    return model
-
-
-def saved(config: Any, folder: Path) -> torch.Tensor:
-    torch.manual_seed(1)
-    model = peft.get_peft_model(net(), config).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    return model(token_ids()).detach()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(name: str, tmp_path: Path) -> None:
-    expected = saved(CASES[name](), tmp_path / "theirs")
-    ours = net()
+    expected = saved_by_peft(CASES[name](), tmp_path / "theirs", 0.5)
+    ours = peft_net()
     assert not torch.allclose(ours(token_ids()), expected, atol=1e-2), "it does something"
     adapter = ll.import_peft(ours, tmp_path / "theirs")
     assert adapter.cfg.variant == name.partition(" ")[0].lower()
     torch.testing.assert_close(ours(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
     ll.export_peft(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(net(), tmp_path / "ours").eval()
+    back = peft.PeftModel.from_pretrained(peft_net(), tmp_path / "ours").eval()
     torch.testing.assert_close(back(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_dropout_is_for_running_alone(kind: str, tmp_path: Path) -> None:
     config = getattr(peft, f"{kind}Config")(rank_dropout=0.5, target_modules=LAYERS)
-    expected = saved(config, tmp_path / "theirs")
+    expected = saved_by_peft(config, tmp_path / "theirs", 0.5)
     with pytest.raises(ll.AdapterFileError, match=rf"rank_dropout=0.5 .*'{kind.lower()}' has no dropout"):
-        ll.import_peft(net(), tmp_path / "theirs")
-    ours = net()
+        ll.import_peft(peft_net(), tmp_path / "theirs")
+    ours = peft_net()
     ll.import_peft(ours, tmp_path / "theirs", trainable=False)
     torch.testing.assert_close(ours(token_ids()).detach(), expected, rtol=1e-4, atol=1e-5)
 
