@@ -146,8 +146,8 @@ def test_the_example_readme_shows_its_row() -> None:
 
 
 def test_the_performance_page_shows_the_table_that_the_command_prints() -> None:
-    from lora_lite_bench.speed import Settings, cases
-    from lora_lite_bench.speed_command import HEADS, INIT_HEADS
+    from lora_lite_bench.speed.command import HEADS, INIT_HEADS
+    from lora_lite_bench.speed.steps import Settings, cases
 
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     first, second = (

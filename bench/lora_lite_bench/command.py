@@ -11,7 +11,7 @@ from lora_lite_core.cli import config_fields, variant_at
 from lora_lite_core.contract.errors import LoraLiteError
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
+    from .comparing.comparison import Comparison
 
 
 @click.command(short_help="Train and compare variants on small tasks: paired seeds, swept rates, anchors.")
@@ -82,8 +82,8 @@ def bench(
     """
     from rich.console import Console
 
-    from .comparison import Comparison
-    from .processes import processes
+    from .comparing.comparison import Comparison
+    from .machine.processes import processes
     from .tasks import small_task_names
 
     try:
@@ -126,8 +126,8 @@ def bench(
 def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any) -> dict[str, str]:
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    from .processes import processes
-    from .results import ResultsFile, cores
+    from .comparing.results import ResultsFile, cores
+    from .machine.processes import processes
 
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")
     with Progress(*columns, console=console, disable=not processes().main) as progress:
@@ -144,10 +144,10 @@ def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any
 def _show(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
 
+    from .comparing.results import read
+    from .comparing.table import tables
     from .report.page import write_page
     from .report.terminal import terminal_tables
-    from .results import read
-    from .table import tables
 
     console = Console()
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
@@ -206,9 +206,9 @@ def _make_base(folder: Path, steps: int, seed: int) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from . import base
+    from .tasks.language.base_model import make_base
 
     console = Console()
     with Progress(console=Console(stderr=True)) as progress:
-        scores = base.make_base(folder, steps=steps, seed=seed, progress=progress)
+        scores = make_base(folder, steps=steps, seed=seed, progress=progress)
     console.print(f"{folder}: {scores['own']:.1%} on its own task, {scores['shifted']:.1%} on the shifted one")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from lora_lite_bench.model_state import spectrum
 from lora_lite_bench.report.adapter_picture import changes_in
 from lora_lite_bench.report.command import report
+from lora_lite_bench.runs.model_state import spectrum
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from lora_lite_bench.base import PACKAGED, encode, exact_match, load_base, loss_of, new_model, new_tokenizer
 from lora_lite_bench.command import bench
-from lora_lite_bench.costs import PeakMemory, added_macs_per_token
-from lora_lite_bench.methods import FULL, HEAD, fitting, matched_rank, parameters_of
-from lora_lite_bench.results import read
-from lora_lite_bench.run import Job, run
+from lora_lite_bench.comparing.results import read
+from lora_lite_bench.machine.costs import PeakMemory, added_macs_per_token
+from lora_lite_bench.runs.methods import FULL, HEAD, fitting, matched_rank, parameters_of
+from lora_lite_bench.runs.run import Job, run
 from lora_lite_bench.tasks import make_task
-from lora_lite_bench.tasks.arithmetic import problems
+from lora_lite_bench.tasks.language.arithmetic import problems
+from lora_lite_bench.tasks.language.base_model import (
+    PACKAGED,
+    encode,
+    exact_match,
+    load_base,
+    loss_of,
+    new_model,
+    new_tokenizer,
+)
 from torch import nn
 
 import lora_lite as ll

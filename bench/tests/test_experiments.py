@@ -10,7 +10,7 @@ import peft
 import pytest
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
-from lora_lite_bench.results import read
+from lora_lite_bench.comparing.results import read
 from lora_lite_bench.tasks import TaskError, make_task, protocol_of
 from lora_lite_bench.tasks.gsm8k.experiment import training_knobs
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
-from lora_lite_bench.methods import ANCHORS, FULL, config_for
-from lora_lite_bench.results import read
-from lora_lite_bench.run import Job, run
+from lora_lite_bench.comparing.results import read
+from lora_lite_bench.runs.methods import ANCHORS, FULL, config_for
+from lora_lite_bench.runs.run import Job, run
+from lora_lite_bench.runs.training import Training
 from lora_lite_bench.tasks import TaskError, make_task
 from lora_lite_bench.tasks.gsm8k import encoding
-from lora_lite_bench.training import Training
 
 import lora_lite as ll
 from bench.tests.word_problems import problem

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
-from lora_lite_bench.processes import processes
+from lora_lite_bench.machine.processes import processes
 from lora_lite_bench.tasks import TaskError, make_task, protocol_of, small_task_names, task_names
 from lora_lite_bench.tasks.gsm8k import corpus, encoding
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_lite_bench.methods import FULL
-from lora_lite_bench.results import ResultsFile, read
-from lora_lite_bench.run import Job, Result, run
-from lora_lite_bench.stopping import Stopped
+from lora_lite_bench.comparing.results import ResultsFile, read
+from lora_lite_bench.comparing.workers import workers
+from lora_lite_bench.machine.stopping import Stopped
+from lora_lite_bench.runs.methods import FULL
+from lora_lite_bench.runs.run import Job, Result, run
 from lora_lite_bench.tasks import Batch
-from lora_lite_bench.workers import workers
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SMALL = {"dtype": "float32", "batch_size": 4, "new_tokens": 4, "length": 96, "valid_count": 4, "test_count": 4}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from lora_lite_bench.costing import Costs
-from lora_lite_bench.methods import FROZEN, FULL
+from lora_lite_bench.comparing.results import ResultsFile, read
+from lora_lite_bench.comparing.table import tables
 from lora_lite_bench.report.command import report
 from lora_lite_bench.report.pictures import scores
-from lora_lite_bench.results import ResultsFile, read
-from lora_lite_bench.run import Job, Result
-from lora_lite_bench.table import tables
+from lora_lite_bench.runs.costing import Costs
+from lora_lite_bench.runs.methods import FROZEN, FULL
+from lora_lite_bench.runs.run import Job, Result
 
 METHODS = {"lora": 0.7, "ia3": 0.3, "dora": 0.72, "antipasto": 0.5, FULL: 0.6}
 SPECTRUM = {f"model.layers.{n}.mlp.up_proj": {"shift": [0.1, -0.2, 0.3], "angle": [0.05 * n, 0.2]} for n in range(4)}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from lora_lite_bench.init_speed import InitSettings, eva, pissa, principal_angle
-from lora_lite_bench.peers import peft_config
-from lora_lite_bench.speed import Case, Contestant, Settings, attach_theirs, cases, interleave, new_model, ratio
-from lora_lite_bench.speed_command import HEADS, speed
+from lora_lite_bench.speed.command import HEADS, speed
+from lora_lite_bench.speed.peers import peft_config
+from lora_lite_bench.speed.starts import InitSettings, eva, pissa, principal_angle
+from lora_lite_bench.speed.steps import Case, Contestant, Settings, attach_theirs, cases, interleave, new_model, ratio
 
 import lora_lite as ll
 

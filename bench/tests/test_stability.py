@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lora_lite_bench.base import PACKAGED, encode, load_base, loss_of
-from lora_lite_bench.methods import config_for, fitting
-from lora_lite_bench.speed import attach_ours
+from lora_lite_bench.runs.methods import config_for, fitting
+from lora_lite_bench.speed.steps import attach_ours
 from lora_lite_bench.tasks import make_task
-from lora_lite_bench.tasks.arithmetic import Split, problem
+from lora_lite_bench.tasks.language.arithmetic import Split, problem
+from lora_lite_bench.tasks.language.base_model import PACKAGED, encode, load_base, loss_of
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 

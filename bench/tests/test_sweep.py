@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lora_lite_bench.methods import FROZEN
-from lora_lite_bench.noise import interval, paired, verdict
-from lora_lite_bench.results import Record, ResultsError, ResultsFile, read
-from lora_lite_bench.run import Job, Result
-from lora_lite_bench.sweep import GRID, Settings, chosen, plan
-from lora_lite_bench.table import cells, tables
+from lora_lite_bench.comparing.noise import interval, paired, verdict
+from lora_lite_bench.comparing.results import Record, ResultsError, ResultsFile, read
+from lora_lite_bench.comparing.sweep import GRID, Settings, chosen, plan
+from lora_lite_bench.comparing.table import cells, tables
+from lora_lite_bench.runs.methods import FROZEN
+from lora_lite_bench.runs.run import Job, Result
 
 JOB = Job("shifted", {}, "ia3", {}, seed=0, lr=0.0, steps=100)
 SETTINGS = Settings(rates=(1e-3, 3.2e-3, 1e-2), seeds=(5, 6, 7), finalists=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lora_lite_bench.tasks import make_task
-from lora_lite_bench.tasks.arithmetic import GAINS, GIFT, LOSSES, REFUND, WORDS, problems, split_of
+from lora_lite_bench.tasks.language.arithmetic import GAINS, GIFT, LOSSES, REFUND, WORDS, problems, split_of
 
 
 @pytest.mark.parametrize("task", ["own", "shifted"])
@@ -47,8 +47,8 @@ def test_same_arguments_same_problems() -> None:
 
 def test_teacher_forcing_counts_what_generation_counts() -> None:
     """Whole answers that are each token's first choice, and those that greedy generation writes."""
-    from lora_lite_bench.base import exact_match
-    from lora_lite_bench.scoring import score
+    from lora_lite_bench.runs.scoring import score
+    from lora_lite_bench.tasks.language.base_model import exact_match
 
     task = make_task("facts", {"facts": 2, "test_count": 40})
     model, tokenizer = task.load()
@@ -84,8 +84,8 @@ def test_facts_are_recalled_from_what_was_trained() -> None:
 @pytest.mark.parametrize(("name", "own"), [("order", 0.95), ("digits", 0.85)])
 def test_models_made_here(name: str, own: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made once, good at their own task, no good at the new one, which LoRA learns."""
-    from lora_lite_bench.run import Job, run
-    from lora_lite_bench.scoring import score
+    from lora_lite_bench.runs.run import Job, run
+    from lora_lite_bench.runs.scoring import score
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     task = make_task(name, {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
-from lora_lite_bench.results import read
+from lora_lite_bench.comparing.results import read
 from lora_lite_bench.tasks import TaskError, make_task, task_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

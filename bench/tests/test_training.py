@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lora_lite_bench.scoring import score, valid_loss
+from lora_lite_bench.runs.scoring import score, valid_loss
+from lora_lite_bench.runs.training import Training, parts
 from lora_lite_bench.tasks import Batch, Recipe, Task, rows
 from lora_lite_bench.tasks.gsm8k import Gsm8k
-from lora_lite_bench.training import Training, parts
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -14,7 +14,7 @@ from lora_lite_core.discovery.registry import variant_of_file
 from lora_lite_core.files.adapter_file import open_adapter
 from lora_lite_core.files.load import config_of
 
-from ..model_state import Change, changes
+from ..runs.model_state import Change, changes
 from .spectra import layer_by_layer
 
 

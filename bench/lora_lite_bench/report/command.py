@@ -44,8 +44,8 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
         _draw(path, png or Path())
     if not files:
         return
-    from ..results import read
-    from ..table import tables
+    from ..comparing.results import read
+    from ..comparing.table import tables
     from .markdown import markdown
     from .page import png as as_png
     from .page import write_page

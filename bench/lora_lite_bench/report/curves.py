@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ..methods import ANCHORS, REFERENCE
-from ..table import Row, TaskTable
+from ..comparing.table import Row, TaskTable
+from ..runs.methods import ANCHORS, REFERENCE
 from .style import ACCENT, FAINT, colour, headline, new
 
 ACROSS = 4

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_lite_core.contract.text import plain
 
-from ..table import HEADS, TaskTable, caption, cells
+from ..comparing.table import HEADS, TaskTable, caption, cells
 
 
 def markdown(made: Sequence[TaskTable]) -> str:

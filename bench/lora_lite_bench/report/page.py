@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from lora_lite_core.contract.text import plain
 
-from ..results import Record
-from ..table import HEADS, TaskTable, caption, cells, tables
+from ..comparing.results import Record
+from ..comparing.table import HEADS, TaskTable, caption, cells, tables
 from .pictures import pictures
 
 STYLE = """

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ..methods import ANCHORS, FROZEN, REFERENCE
-from ..noise import LEVEL
-from ..table import Row, TaskTable
+from ..comparing.noise import LEVEL
+from ..comparing.table import Row, TaskTable
+from ..runs.methods import ANCHORS, FROZEN, REFERENCE
 from .curves import losses, rates
 from .spectra import spectra
 from .style import ACCENT, FAINT, INK, colour, headline, in_order, name_points, new

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from ..model_state import Change
-from ..table import TaskTable
+from ..comparing.table import TaskTable
+from ..runs.model_state import Change
 from .style import ACCENT, INK, headline, new
 
 

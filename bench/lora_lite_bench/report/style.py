@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..methods import ANCHORS, REFERENCE
-from ..table import Row
+from ..comparing.table import Row
+from ..runs.methods import ANCHORS, REFERENCE
 
 INK, ACCENT, GREY, FAINT = "#1f2933", "#c2410c", "#8a94a0", "#d5dae0"
 LOOK: dict[Any, Any] = {

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lora_lite_core.contract.text import plain
 
-from ..table import COSTS, HEADS, SCORES, TaskTable, caption, cells
+from ..comparing.table import COSTS, HEADS, SCORES, TaskTable, caption, cells
 
 
 def terminal_tables(table: TaskTable) -> Iterator[Table]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from ..base import PAD, new_tokenizer
-from .arithmetic import ITEMS, NAMES, split_of
 from .cache import made
 from .interface import Batch, Split, Task
+from .language.arithmetic import ITEMS, NAMES, split_of
+from .language.base_model import PAD, new_tokenizer
 
 MAKING = 600  # steps in which the base is made
 Pair = tuple[int, int]

@@ -337,7 +337,7 @@ def test_data_and_basis_must_fit() -> None:
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name: str, basis: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     job = Job("shifted", {"batch_size": 64}, name, {"r": 64, "basis": basis}, seed=0, lr=lr, steps=30, whole=False)

@@ -15,7 +15,7 @@ NAMES = ["alora", "gralora", "lora_fa", "melora", "miss", "molora", "mora", "mos
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     fields = FIELDS.get(name, {})

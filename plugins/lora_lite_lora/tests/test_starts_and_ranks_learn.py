@@ -12,7 +12,7 @@ NAMES = ["adalora", "corda", "dylora", "kasa", "lora_ga", "lora_sb", "olora", "s
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     losses = run(Job("shifted", {"batch_size": 64}, name, {}, seed=0, lr=lr, steps=30, whole=False)).losses

@@ -14,7 +14,7 @@ FIELDS: dict[str, dict[str, Any]] = {"psoft": {"r": 8}}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bitfit", "boft", "ln_tuning", "psoft", "red", "ssf"])
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     job = Job("shifted", {"batch_size": 64}, name, FIELDS.get(name, {}), seed=0, lr=lr, steps=30, whole=False)

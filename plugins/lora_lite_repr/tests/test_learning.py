@@ -10,7 +10,7 @@ import lora_lite as ll
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["direft", "houlsby", "loreft", "parallel"])
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     losses = run(Job("shifted", {"batch_size": 64}, name, {}, seed=0, lr=lr, steps=30, whole=False)).losses

@@ -202,7 +202,7 @@ def test_step_0(name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMULAS)
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench.get("lr", 5e-3)
     fields = {"r": 8} if name == "tinylora" else {}  # two directions of the weight are too few for this task

@@ -14,7 +14,7 @@ FIELDS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 16}}  # which divides
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["c3a", "fish_mask", "fourierft", "shira", "supertuning", "waveft"])
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     losses = run(

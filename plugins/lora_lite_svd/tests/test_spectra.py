@@ -170,7 +170,7 @@ def test_options_that_make_no_sense() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["svf", "svft", "spectral"])
 def test_it_learns(name: str) -> None:
-    from lora_lite_bench.run import Job, run
+    from lora_lite_bench.runs.run import Job, run
 
     lr = ll.get_variant(name).bench["lr"]
     fields: dict[str, Any] = {"r": 4} if name == "spectral" else {}

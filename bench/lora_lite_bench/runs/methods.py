@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_lite_core as ll
 
-from .tasks import Task
+from ..tasks import Task
 
 FROZEN, FULL, HEAD = "(frozen)", "(full fine-tuning)", "(head only)"  # no variant's name has a bracket
 ANCHORS = (FROZEN, FULL, HEAD)

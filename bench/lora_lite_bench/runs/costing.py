@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .costs import PeakMemory, added_macs_per_token, step_times
-from .memory import AtOnce
+from ..machine.costs import PeakMemory, added_macs_per_token, step_times
+from ..machine.memory import AtOnce
+from ..tasks import Batch, Task, rows
 from .methods import ANCHORS
 from .run import Job, Result, fresh, put
-from .tasks import Batch, Task, rows
 from .training import on_device
 
 

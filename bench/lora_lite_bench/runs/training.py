@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map
 
 import lora_lite_core as ll
 
-from .base import schedule
-from .memory import AtOnce
-from .processes import processes
-from .stopping import go_on
-from .tasks import Batch, Recipe, Task, rows
+from ..machine.memory import AtOnce
+from ..machine.processes import processes
+from ..machine.stopping import go_on
+from ..tasks import Batch, Recipe, Task, rows
+from ..tasks.language.base_model import schedule
 from .unfinished import State
 
 HOPELESS = 3.0  # a run whose loss is not finite, or this many times its first, is stopped

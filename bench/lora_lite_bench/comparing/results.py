@@ -17,10 +17,10 @@ import torch
 from lora_lite_core.contract.errors import LoraLiteError
 from lora_lite_core.contract.text import plain, told
 
-from .costing import Costs
-from .methods import ANCHORS
-from .run import Job, Result, variant_of, versions
-from .tasks import task_distribution
+from ..runs.costing import Costs
+from ..runs.methods import ANCHORS
+from ..runs.run import Job, Result, variant_of, versions
+from ..tasks import task_distribution
 
 KINDS: dict[str, type[Result] | type[Costs]] = {"run": Result, "costs": Costs}
 PACKAGES = ("lora-lite-core", "lora-lite-bench", "torch", "transformers")

@@ -13,8 +13,8 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .init_speed import InitRow
-    from .speed import Measured, Settings
+    from .starts import InitRow
+    from .steps import Measured, Settings
 
 HEADS = (
     "method", "step ms", "/ PEFT", "/ PEFT wall", "/ frozen", "/ LoRA", "token ms", "/ PEFT", "/ frozen", "attach ms",
@@ -63,9 +63,9 @@ def speed(
     import torch
     from rich.console import Console
 
-    from .command import variant_names
-    from .run import versions
-    from .speed import Settings, cases
+    from ..command import variant_names
+    from ..runs.run import versions
+    from .steps import Settings, cases
 
     if not out.parent.is_dir():
         raise click.BadParameter(f"--out {out}: folder {out.parent} does not exist")
@@ -99,8 +99,8 @@ def _measure(rows: Any, settings: Settings, no_init: bool, quick: bool) -> tuple
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from .init_speed import InitSettings, eva, pissa
-    from .speed import measure
+    from .starts import InitSettings, eva, pissa
+    from .steps import measure
 
     small = InitSettings(width=64, layers=2, rank=4, tokens=2048, rounds=1)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:.0f} timings"))
@@ -133,7 +133,7 @@ def machine(device: str) -> str:
 
 def _rows_as_json(measured: Measured, settings: Settings) -> list[dict[str, Any]]:
     """One dict a row: milliseconds, and ratios to the twin in PEFT, the frozen model and the reference row."""
-    from .speed import TOKENS_AT_ONCE, milliseconds, ratio, theirs
+    from .steps import TOKENS_AT_ONCE, milliseconds, ratio, theirs
 
     which = 0 if settings.device.startswith("cuda") else 1  # events, or processor time
     frozen = {"label": "frozen", "peak_mb": measured.peak["frozen"] / 1e6}

@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .methods import FROZEN
-from .run import Job, Result
+from ..runs.methods import FROZEN
+from ..runs.run import Job, Result
 
 GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-8, 0))  # half-decades from 1e-4 to 0.32
 QUARTER, HALF = 4, 2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora_lite_core as ll
 
-from .costs import PeakMemory
+from ..machine.costs import PeakMemory
 from .peers import peft_config
 
 WARM_UP = 2  # rounds that do not count

@@ -10,7 +10,7 @@ import torch
 
 import lora_lite_core as ll
 
-from .processes import processes
+from ..machine.processes import processes
 
 if TYPE_CHECKING:
     from .training import Training

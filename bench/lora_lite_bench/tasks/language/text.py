@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..base import PACKAGED, encode, load_base, loss_of
+from ..interface import Batch, Split, Task
 from .arithmetic import GIFT, ITEMS, NAMES, REFUND, Problem, problem, problems
-from .interface import Batch, Split, Task
+from .base_model import PACKAGED, encode, load_base, loss_of
 
 SCORED_AT_ONCE = 250
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..machine.stopping import allow, stop
+from ..runs.run import Job, Result, run
 from .results import ResultsFile, key_of
-from .run import Job, Result, run
-from .stopping import allow, stop
 from .sweep import Plan
 
 Submit = Callable[[Job, Path], "Future[Result]"]

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .costing import Costs
-from .methods import ANCHORS, FROZEN, MATCHED, REFERENCE
+from ..runs.costing import Costs
+from ..runs.methods import ANCHORS, FROZEN, MATCHED, REFERENCE
+from ..runs.run import Job, Result
 from .noise import LEVEL, Interval, interval, paired, verdict
 from .results import Record
-from .run import Job, Result
 from .sweep import chosen, loss_of
 
 HEADS = (

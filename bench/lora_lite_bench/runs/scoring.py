@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .memory import AtOnce
-from .processes import processes
-from .stopping import go_on
-from .tasks import Batch, Split, Task, rows
+from ..machine.memory import AtOnce
+from ..machine.processes import processes
+from ..machine.stopping import go_on
+from ..tasks import Batch, Split, Task, rows
 from .training import on_device, parts
 
 T = TypeVar("T")

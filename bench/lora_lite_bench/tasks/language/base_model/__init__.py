@@ -20,9 +20,9 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from .tasks.arithmetic import WORDS, Problem, TaskName, problem, problems
+from ..arithmetic import WORDS, Problem, TaskName, problem, problems
 
-PACKAGED = Path(__file__).parent / "base_model"
+PACKAGED = Path(__file__).parent
 PAD, EOS = "<pad>", "<eos>"
 QUESTION_WEIGHT = 0.01  # of a question's tokens in the loss, which no model can foresee
 

@@ -11,13 +11,13 @@ from rich.progress import Progress, TaskID
 
 import lora_lite_core as ll
 
-from .costing import measure
-from .methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
-from .processes import processes
+from ..machine.processes import processes
+from ..runs.costing import measure
+from ..runs.methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
+from ..runs.run import Job, Result, calibration, fresh
+from ..tasks import Protocol, Task, make_task, protocol_of, task_class
 from .results import ResultsFile, key_of
-from .run import Job, Result, calibration, fresh
 from .sweep import GRID, Plan, Settings, plan
-from .tasks import Protocol, Task, make_task, protocol_of, task_class
 from .workers import drive, quiet, workers
 
 SIZES = {  # where a sweep begins; it goes on past the edges

@@ -19,11 +19,11 @@ from torch import nn
 
 import lora_lite_core as ll
 
+from ..tasks import Batch, Task, make_task
+from ..tasks.lookup import source_of
 from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
 from .model_state import spectrum, weights_hash
 from .scoring import score, valid_loss
-from .tasks import Batch, Task, make_task
-from .tasks.lookup import source_of
 from .training import Training, on_device
 
 CALIBRATION_BATCHES = 8

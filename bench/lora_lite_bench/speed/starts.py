@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lora_lite_core as ll
 
-from .costs import PeakMemory
-from .speed import interleave, milliseconds, ratio
+from ..machine.costs import PeakMemory
+from .steps import interleave, milliseconds, ratio
 
 
 @dataclass(frozen=True)

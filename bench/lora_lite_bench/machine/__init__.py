@@ -1,0 +1,1 @@
+"""What runs and timings need of the machine: its processes, its memory, an end on request."""

@@ -1,0 +1,1 @@
+"""`lora-lite speed`: what adapters cost, beside PEFT and the frozen model."""
