@@ -18,7 +18,7 @@ FAR = 1e-3  # how far a singular vector may be from PEFT's
 
 def check(cfg: Any) -> None:
     for r in (cfg.r, *cfg.rank_pattern.values()):
-        if r < 2:
+        if r < 2 and cfg.orthogonal:
             raise ConfigError(f"PSOFTConfig(r={r}): a rotation needs at least 2 dimensions")
     if isinstance(cfg.dropout, bool) or not isinstance(cfg.dropout, (int, float)) or not 0 <= cfg.dropout < 1:
         raise ConfigError(f"PSOFTConfig(dropout={cfg.dropout!r}): dropout is a number from 0 to below 1")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite_core import ConfigError, ParamSpec, RankConfig, hookimpl
+from lora_lite_core import ConfigError, ParamSpec, RankConfig, TargetError, hookimpl
 
 from . import _peft
 
@@ -63,6 +63,10 @@ def _paired(tensor: Tensor, generator: torch.Generator) -> None:
 
 @hookimpl
 def param_specs(d_in: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
+    if d_in == 1:
+        raise TargetError(
+            "HRAConfig on a layer with d_in=1: one number has no directions; leave the layer out with exclude_names"
+        )
     return {"lora_U": ParamSpec((cfg.r, d_in), init=_paired, doc="normals of the reflections")}
 
 

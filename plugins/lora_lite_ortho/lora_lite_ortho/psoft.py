@@ -31,7 +31,7 @@ BENCH = {"lr": 2e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class PSOFTConfig(RankConfig):
-    """Config of PSOFT; r is the size of the subspace, at least 2.
+    """Config of PSOFT; r is the size of the subspace, at least 2 for a rotation.
 
     dropout          share of the adapter's input that is zero in training
     orthogonal       rotate; False trains all r² numbers in the place of a rotation

@@ -3,9 +3,10 @@
     y' = R (W x + b),   per pair (y₁, y₂):  (α cos θ y₁ − α sin θ y₂,  α sin θ y₁ + α cos θ y₂)
 
 mode 1 has one (θ, α) per pair, mode 2 one per row of each 2 × 2 block, mode 4 one per entry. θ starts as zeros and α as
-1 + δ with δ zero, which makes R the identity. Within a group of g outputs, output j is paired with j + g/2. The bias is
-rotated too. Needs nothing of the base. d_out, 2 d_out or 4 d_out parameters; elementwise work of 2 d_out per token and
-no matrix product.
+1 + δ with δ zero, which makes R the identity. Within a group of g outputs, output j is paired with j + g/2. θ and δ
+hold, group by group, in mode 1 the g/2 pairs, in mode 2 the g/2 first rows and then the second ones, in mode 4 that for
+the entries with cosines and then for those with sines. The bias is rotated too. Needs nothing of the base. d_out, 2
+d_out or 4 d_out parameters; elementwise work of 2 d_out per token and no matrix product.
 
 Liao, Monz: 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, 2024 (NeurIPS),
 arXiv:2409.00119.

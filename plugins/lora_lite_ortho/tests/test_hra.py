@@ -68,6 +68,14 @@ def test_bfloat16_is_near_float64() -> None:
     assert float(((rough.double() - exact).norm() / exact.norm()).detach()) < 5e-3
 
 
+def test_a_single_input_has_nothing_to_be_reflected_in() -> None:
+    """Pairs of sign changes: no value of U would do anything."""
+    with pytest.raises(
+        ll.TargetError, match=r"0: HRAConfig on a layer with d_in=1: .*; leave the layer out with exclude_names"
+    ):
+        ll.attach(nn.Sequential(nn.Linear(1, 6)), ll.HRAConfig(r=2))
+
+
 def test_odd_ranks() -> None:
     with pytest.raises(ll.ConfigError, match=r"HRAConfig\(r=3\): reflections start in pairs, so r must be even; use 4"):
         ll.HRAConfig(r=3)

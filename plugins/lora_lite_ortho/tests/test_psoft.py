@@ -71,6 +71,15 @@ def test_formula(case: str, bias: bool) -> None:
     assert_same(layer, x, F.linear(x, weight, layer.bias), names, 1e-11)
 
 
+def test_one_dimension_is_scaled() -> None:
+    """Nothing turns in it; without the rotation its number is trained."""
+    layer, x = filled(ll.PSOFTConfig(r=1, orthogonal=False), size=0.4)
+    names = own(layer)
+    core = (1 + names["lora_d"]) * (1 + names["lora_q"]) * (1 + names["lora_c"])
+    weight = layer.weight + layer.lora_B.detach() @ (core - 1) @ layer.lora_A.detach()
+    assert_same(layer, x, F.linear(x, weight, layer.bias), names, 1e-11)
+
+
 def test_columns_keep_their_angles_in_the_subspace() -> None:
     """What the rotation does to the principal part of the weight: Gram matrices of its columns stay."""
     layer, _ = filled(ll.PSOFTConfig(r=5, mag_in=False, mag_out=False))

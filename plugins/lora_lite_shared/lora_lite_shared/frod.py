@@ -10,7 +10,8 @@ are equal, but U, as large as the weight in every layer, is not needed here, and
 Reads the dense weights once, at attach; a file only fits the weights it was made on, and holds V and V⁻ᵀ once a kind.
 d_in + sparsity d_in² parameters a layer, 3 d_in² multiply-accumulates per token.
 
-Full-Rank Efficient Fine-Tuning with Rotational Degrees, 2026 (AAAI), doi:10.1609/aaai.v40i31.39813.
+Wan, Chen, Feng, Zhou, Xu: FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees for Fast Convergence, 2025
+(AAAI 2026), arXiv:2512.23485.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     y = W x + b + s · Σ_e p_e B_e A x,   p = the mean over all tokens of softmax(R A x),   e < experts
 
 A (r, d_in) is shared by `stride` neighbouring blocks and the B_e (d_out, r) by all layers of a kind: those of one size
-whose names differ in their block's number alone. R (experts, r) is each layer's own. A and R start as U(±1/√columns),
-B as zeros, which makes step 0 the identity. The published p is a mean over everything in the call: an output depends on
-the other rows of the batch and on later tokens. average=False gives each token its own p. Needs nothing of the base.
-r d_in a group, experts r d_out a kind and experts r a layer are trained; r (d_in + d_out) multiply-accumulates a token
-(with average=False r (d_in + experts d_out)). Not affine in x, and so not merged.
+whose names differ in their block's number alone. R (experts, r) is each layer's own. A and R start as U(±1/√columns), B
+as zeros, which makes step 0 the identity. The published p is a mean over everything in the call: an output depends on
+the other rows of the batch and on later tokens. average=False gives each token its own p. Needs nothing of the base. r
+d_in a group, experts r d_out a kind and experts r a layer are trained; r (d_in + d_out + experts) multiply-accumulates
+a token (with average=False r (d_in + experts d_out + experts)). Not affine in x, and so not merged.
 
 Zhong, Zhao, Zhou: Low-Rank Interconnected Adaptation across Layers, 2024 (ACL 2025), arXiv:2407.09946.
 """
@@ -54,6 +54,8 @@ class LilyConfig(RankConfig):
             given = getattr(self, name)
             if isinstance(given, bool) or not isinstance(given, int) or given < least:
                 raise ConfigError(f"LilyConfig({name}={given!r}): a whole number of at least {least}")
+        if not self.scaling:
+            raise ConfigError(f"LilyConfig(scaling={self.scaling!r}): nothing would be trained; a number other than 0")
 
 
 Config = LilyConfig

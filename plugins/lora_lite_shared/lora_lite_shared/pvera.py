@@ -9,7 +9,8 @@ offset from it, λ_b (d_out) as zeros, which makes step 0 the identity. Needs no
 a layer; r (2 d_in + d_out) multiply-accumulates per token in training, VeRA's in evaluation. A layer more adds two
 vectors to memory and file.
 
-PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, 2025, arXiv:2512.07703; as in the peft package.
+Fillioux, Ferrante, Cournède, Vakalopoulou, Christodoulidis: PVeRA: Probabilistic Vector-Based Random Matrix Adaptation,
+2025 (WACV 2026), arXiv:2512.07703; as in the peft package.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ layer, are frozen. v (u) is trained: one for each layer, or with tied=True one f
 because v is zero; its gradient is alive from the start. Reads the base's dense weight once, at attach; a file only fits
 the weights it was made on. u parameters a layer, or u in all; r (d_in + d_out) multiply-accumulates per token.
 
-Morris et al.: Learning to Reason in 13 Parameters, 2026, arXiv:2602.04118; P and the halved S as in the peft package.
+Morris, Mireshghallah, Ibrahim, Mahloujifar: Learning to Reason in 13 Parameters, 2026, arXiv:2602.04118; the random P
+and the halves of S, √S on each side, as in the peft package.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ starts as U(±bound): B A is small and not zero, else nothing had a gradient, so
 quite. Needs nothing of the base. d parameters for the whole model; r (d_in + d_out) multiply-accumulates per token. The
 file holds the places, 2 bytes for each entry of the factors (4 where θ is longer than 32767).
 
-Uni-LoRA: One Vector Is All You Need, 2025, arXiv:2506.00799; places as balanced as in the peft package.
+Li, Han, Su, Li, Cai, Ji: Uni-LoRA: One Vector is All You Need, 2025 (NeurIPS), arXiv:2506.00799; places as balanced as
+in the peft package.
 """
 
 from __future__ import annotations

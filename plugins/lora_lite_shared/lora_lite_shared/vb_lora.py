@@ -35,7 +35,7 @@ class VBLoRAConfig(RankConfig):
     num_vectors    h, how many vectors the bank holds
     vector_length  b, their length, which divides d_in and d_out; None is the largest up to 256 that does: layers with
                    other lengths have a bank of their own
-    topk           K, how many of them a piece is made of
+    topk           K, how many of them a piece is made of; 1 leaves the logits without a gradient
     bound          the bank starts as U(±bound)
     """
 
@@ -51,6 +51,8 @@ class VBLoRAConfig(RankConfig):
         super().__post_init__()
         if not 1 <= self.topk <= self.num_vectors:
             raise ConfigError(f"VBLoRAConfig(topk={self.topk!r}): from 1 to num_vectors={self.num_vectors!r}")
+        if self.vector_length is not None and self.vector_length < 1:
+            raise ConfigError(f"VBLoRAConfig(vector_length={self.vector_length!r}): at least 1, or None")
         if not self.bound > 0:
             raise ConfigError(f"VBLoRAConfig(bound={self.bound!r}): a bank of zeros has no gradient; above 0")
 

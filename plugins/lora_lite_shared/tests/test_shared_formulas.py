@@ -116,6 +116,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vera", {"r": 5}),
     ("vera", {"r": 3, "d0": -0.5}),
     ("pvera", {"r": 5}),
+    ("pvera", {"r": 3, "d0": -0.5}),
     ("tied_lora", {"r": 4, "alpha": 6.0}),
     ("tied_lora", {"r": 4, "vectors": False}),
     ("vb_lora", {"r": 3, "num_vectors": 10, "topk": 3}),

@@ -94,6 +94,24 @@ def test_the_pair_of_tied_lora_is_one_and_trained() -> None:
     assert trained(alike) == 2 * 4 * (16 + 24)
 
 
+def test_tied_lora_drops_what_it_reads_in_training_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    x = torch.randn(5, 8).double()
+    adapter = ll.attach(model, config("tied_lora", r=4, dropout=0.5, alpha=8.0))
+    assert torch.equal(model.train()(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    torch.manual_seed(3)
+    got = model(x)
+    p = adapter.layers()["0"].params
+    A, B = torch.diag(1 + p["lora_u"]) @ p["lora_A"], torch.diag(1 + p["lora_v"]) @ p["lora_B"]
+    torch.manual_seed(3)
+    seen = nn.functional.dropout(x, 0.5)
+    base = nn.functional.linear(x, model[0].weight, model[0].bias)
+    torch.testing.assert_close(got, base + 2 * seen @ A.T @ B.T)
+    torch.testing.assert_close(model.eval()(x), base + 2 * x @ A.T @ B.T)
+
+
 def test_the_start_of_vb_lora() -> None:
     model = nn.Sequential(nn.Linear(64, 96))
     adapter = ll.attach(model, config("vb_lora", bound=0.05))
@@ -111,6 +129,9 @@ def test_sizes_of_vb_lora() -> None:
         ll.attach(nn.Sequential(nn.Linear(24, 16)), config("vb_lora", vector_length=5))
     with pytest.raises(ll.ConfigError, match=r"VBLoRAConfig\(topk=9\): from 1 to num_vectors=8"):
         config("vb_lora", topk=9, num_vectors=8)
+    for length in (0, -4):
+        with pytest.raises(ll.ConfigError, match=rf"VBLoRAConfig\(vector_length={length}\): at least 1, or None"):
+            config("vb_lora", vector_length=length)
     with pytest.raises(ll.ConfigError, match=r"VBLoRAConfig\(bound=0.0\): a bank of zeros has no gradient"):
         config("vb_lora", bound=0.0)
 
@@ -135,6 +156,17 @@ def test_vb_lora_goes_on_from_what_peft_keeps_for_inference(tmp_path: Path) -> N
     assert all(bool(tensor.isfinite().all()) for _, tensor in adapter.named_tensors())
     assert any(not torch.equal(tensor, before[key]) for key, tensor in adapter.named_tensors())
     assert torch.equal(p["lora_logits_A"].topk(2).indices.sort().values, chosen.sort().values)
+
+
+@pytest.mark.parametrize("bound", [0.02, 0.5])
+def test_the_start_of_uni_lora(bound: float) -> None:
+    layer = nn.Linear(60, 40)
+    theta = (
+        ll.attach(nn.Sequential(layer), config("uni_lora", length=500, bound=bound)).layers()["0"].params["lora_theta"]
+    )
+    assert 0.98 * bound < float(theta.detach().abs().max()) <= bound
+    with pytest.raises(ll.ConfigError, match=r"UniLoRAConfig\(bound=0\): a vector of zeros has no gradient; above 0"):
+        config("uni_lora", bound=0)
 
 
 def test_uni_lora_is_one_vector_and_an_isometry() -> None:
@@ -238,6 +270,8 @@ def test_layers_that_peft_would_share_otherwise(tmp_path: Path) -> None:
     for fields in ({"stride": 0}, {"experts": 1}):
         with pytest.raises(ll.ConfigError, match=r"a whole number of at least [12]"):
             config("lily", **fields)
+    with pytest.raises(ll.ConfigError, match=r"LilyConfig\(scaling=0\): .* a number other than 0"):
+        config("lily", scaling=0)
 
 
 def test_the_basis_of_frod() -> None:
@@ -257,6 +291,21 @@ def test_the_basis_of_frod() -> None:
         places = p["lora_at"]
         assert len(places) == len(places.unique()) == int(0.05 * target.d_in**2)
         assert not bool((places // target.d_in == places % target.d_in).any())
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 2.0])
+def test_the_directions_of_frods_basis(ridge: float) -> None:
+    """V = Rᵀ E, written out: QR of the weights on top of each other, and the inverses of the layers' Gram matrices."""
+    model = net(torch.float64)
+    cfg: Any = config("frod", ridge=ridge, target_names=("up_proj",), dtype="float64")
+    layers = ll.attach(model, cfg).layers()
+    weights = [ll.dense_weight(target.layer) for target in layers.values()]
+    Q, R = torch.linalg.qr(torch.cat(weights))
+    grams = [part.T @ part for part in Q.split([len(weight) for weight in weights])]
+    mean = sum((torch.linalg.inv(gram + ridge * torch.eye(len(R)).double()) for gram in grams), torch.zeros_like(R))
+    V = R.T @ torch.linalg.eigh(mean / len(grams)).eigenvectors
+    ours = next(iter(layers.values())).params["lora_V"]
+    torch.testing.assert_close(ours.abs(), V.abs(), rtol=1e-6, atol=1e-8)  # of eigenvectors any sign
 
 
 def test_frod_where_there_are_fewer_rows_than_columns() -> None:

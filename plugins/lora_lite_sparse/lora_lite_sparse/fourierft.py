@@ -2,12 +2,12 @@
 
     y = W x + b + s · Re(ifft2(F)) x,   F (d_out, d_in) zero but for n_frequency real entries
 
-The entries' places are random, the same for all layers of a size, and drawn from random_loc_seed as the peft package
-draws them, so that its folders, which do not hold them, are read. The values are trained from zero, which makes step 0
-the identity. The published start, PEFT's default, is N(0, 1): there the model is another one from the beginning (a
-folder of PEFT is read as it is). Needs nothing of the base. n_frequency parameters. As F is real, half of the spectrum
-is enough: it is made Hermitian and transformed by irfft2, in float32 at least. O(d_in d_out log(d_in d_out)) per call
-and d_in d_out multiply-accumulates per token.
+The entries' places (row · d_in + column of F) are random, the same for all layers of a size, and drawn from
+random_loc_seed as the peft package draws them, so that its folders, which do not hold them, are read. The values are
+trained from zero, which makes step 0 the identity. The published start, PEFT's default, is N(0, 1): there the model is
+another one from the beginning (a folder of PEFT is read as it is). Needs nothing of the base. n_frequency parameters.
+As F is real, half of the spectrum is enough: it is made Hermitian and transformed by irfft2, in float32 at least.
+O(d_in d_out log(d_in d_out)) per call and d_in d_out multiply-accumulates per token.
 
 Gao, Wang, Chen, Liu, Wu, Chen, Li: Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, 2024 (ICML),
 arXiv:2405.03003.
@@ -50,6 +50,8 @@ class FourierFTConfig(AdapterConfig):
         for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ConfigError(f"FourierFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
+        if not self.scaling:
+            raise ConfigError("FourierFTConfig(scaling=0): nothing would be trained; a number other than 0")
 
 
 Config = FourierFTConfig

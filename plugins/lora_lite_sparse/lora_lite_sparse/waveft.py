@@ -2,11 +2,12 @@
 
     y = W x + b + s · idwt2(C) x,   C zero but for n_frequency entries
 
-C holds the four subbands of one level of a two-dimensional wavelet transform, each in its quadrant; its places are
-random, the same for all layers of a size, and drawn from random_loc_seed as the peft package draws them, so that its
-folders, which do not hold them, are read. The values are trained from zero, which makes step 0 the identity. Needs
-nothing of the base. n_frequency parameters. The wavelets are Daubechies' of 2 to 16 taps, "db1" (Haar) to "db8". About
-2 taps · d_in d_out multiply-accumulates per call and d_in d_out per token.
+C (d_out, d_in) holds the four subbands of one level of a two-dimensional wavelet transform, each in its quadrant: the
+high-pass one of the outputs' axis top right, of the inputs' bottom left. Its places (row · d_in + column) are random,
+the same for all layers of a size, and drawn from random_loc_seed as the peft package draws them, so that its folders,
+which do not hold them, are read. The values are trained from zero, which makes step 0 the identity. Needs nothing of
+the base. n_frequency parameters. The wavelets are Daubechies' of 2 to 16 taps, "db1" (Haar) to "db8". About 2 taps ·
+d_in d_out multiply-accumulates per call and d_in d_out per token.
 
 Bilican, Yılmaz, Tekalp, Cinbiş: Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, 2025,
 arXiv:2505.12532.
@@ -55,6 +56,8 @@ class WaveFTConfig(AdapterConfig):
         for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ConfigError(f"WaveFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
+        if not self.scaling:
+            raise ConfigError("WaveFTConfig(scaling=0): nothing would be trained; a number other than 0")
         if self.wavelet_family not in DAUBECHIES:
             known = ", ".join(DAUBECHIES)
             raise ConfigError(f"WaveFTConfig(wavelet_family={self.wavelet_family!r}): the wavelets here are {known}")

@@ -148,6 +148,24 @@ def test_parity_with_peft(name: str, sizes: tuple[int, int]) -> None:
     torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["FourierFT", "WaveFT"])
+def test_the_seed_says_which_places(name: str) -> None:
+    """Other ones for another seed, and peft's for each."""
+    peft = pytest.importorskip("peft")
+    found = []
+    for seed in (777, 5):
+        fields = {"n_frequency": 50, "random_loc_seed": seed}
+        model, _, _ = attached(ll.LoraLiteConfig(variant=name.lower(), **fields), 24, 15)
+        theirs = peft.get_peft_model(
+            nn.Sequential(nn.Linear(24, 15)), getattr(peft, f"{name}Config")(**fields, target_modules=["0"])
+        )
+        inner = theirs.base_model.model[0]
+        (places,) = (inner.indices if name == "FourierFT" else inner.waveft_indices).values()
+        found.append(entries(model, 24))
+        assert found[-1] == [tuple(place) for place in places.T.tolist()]
+    assert found[0] != found[1]
+
+
 def test_layers_of_a_size_share_their_places() -> None:
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 24))
     adapter = ll.attach(model, ll.FourierFTConfig(n_frequency=30))
@@ -173,6 +191,8 @@ def test_refusals() -> None:
             made(n_frequency=0)
         with pytest.raises(ll.ConfigError, match=r"scaling='x'\): a number"):
             made(scaling="x")
+        with pytest.raises(ll.ConfigError, match=r"scaling=0\): .* a number other than 0"):
+            made(scaling=0)
         with pytest.raises(ll.ConfigError, match=r"random_loc_seed=None\): a whole number"):
             made(random_loc_seed=None)
     with pytest.raises(ll.ConfigError, match=r"C3AConfig\(block_size=0\): a whole number of at least 1"):

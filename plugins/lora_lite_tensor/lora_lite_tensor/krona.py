@@ -46,6 +46,8 @@ class KronAConfig(AdapterConfig):
                 raise ConfigError(f"KronAConfig({name}={size!r}): a whole number of at least 1, or None")
         if not isinstance(self.scaling, (int, float)):
             raise ConfigError(f"KronAConfig(scaling={self.scaling!r}): a number")
+        if not self.scaling:
+            raise ConfigError(f"KronAConfig(scaling={self.scaling!r}): nothing would be trained; a number other than 0")
 
 
 Config = KronAConfig

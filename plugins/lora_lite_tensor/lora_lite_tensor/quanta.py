@@ -2,14 +2,14 @@
 
     y = W x + b + T x − S x,   T = T_K … T_2 T_1,   T_k on one pair of axes
 
-x is seen as a tensor whose `axes` sizes have d_in as their product (d_out: those of y); there is a matrix for each
-pair of axes, from the last two to the first two. It acts on these two, flattened, alike for all places of the others;
-the first that touches an axis also takes it from its size in x to that in y. S is the frozen start of T. T_k = S_k +
-dT_k, and only the offsets dT_k are trained, from zero; T x − S x is added up from the terms dT_k …, each of which is
-zero at step 0. The S_k are random, as LoRA's A. (The authors' code gives a layer with two widths the axes of the
-larger one, and fills up with zeros.) Needs nothing of the base. The change can have full rank. Σ (in_m in_n)(out_m
-out_n) parameters and as many frozen numbers: 3 · 2¹⁶ at d = 16³; about three times Σ d d_m d_n multiply-accumulates
-per token.
+x is seen as a tensor whose `axes` sizes have d_in as their product (d_out: those of y); there is a matrix for each pair
+of axes, from the last two to the first two, named by their numbers from the end: lora_S12 and lora_dT12 are of the last
+two. It acts on these two, flattened, alike for all places of the others; the first that touches an axis also takes it
+from its size in x to that in y. The sizes are the largest first. S is the frozen start of T. T_k = S_k + dT_k, and only
+the offsets dT_k are trained, from zero; T x − S x is added up from the terms dT_k …, each of which is zero at step 0.
+The S_k are random, as LoRA's A. (The authors' code gives a layer with two widths the axes of the larger one, and fills
+up with zeros.) Needs nothing of the base. The change can have full rank. Σ (in_m in_n)(out_m out_n) parameters and as
+many frozen numbers: 3 · 2¹⁶ at d = 16³; about three times Σ d d_m d_n multiply-accumulates per token.
 
 Chen, Dangovski, Loh, Dugan, Luo, Soljačić: QuanTA, 2024 (NeurIPS), arXiv:2406.00132.
 """

@@ -57,5 +57,7 @@ def test_start_and_refusals() -> None:
         ll.attach(model, ll.KronAConfig(a2=5), name="other")
     with pytest.raises(ll.ConfigError, match=r"KronAConfig\(a2=0\): a whole number of at least 1, or None"):
         ll.KronAConfig(a2=0)
+    with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=0\): .* a number other than 0"):
+        ll.KronAConfig(scaling=0)
     with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=None\): a number"):
         ll.KronAConfig(scaling=None)  # type: ignore[arg-type]

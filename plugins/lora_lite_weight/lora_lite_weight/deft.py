@@ -12,8 +12,9 @@ output so far without its bias. With dropout, dR reads another part of x at ever
 the base at attach; a file may go on another base. r (d_in + d_out) parameters, r (d_in + 2 d_out) multiply-accumulates
 per token.
 
-Decompositional Efficient Fine-Tuning, as in Hugging Face PEFT (`DeftConfig`); its para=True, which starts by taking a
-part of the weight out, is not here.
+Kumar, Anwer, Khan, Khan, Laptev, Cholakkal: DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models, 2025
+(NeurIPS), arXiv:2509.22793, with the projectors of the peft package; its para=True, which starts by taking a part of
+the weight out, is not here.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def deft(p: dict[str, Tensor], W: Tensor, cfg: Any) -> tuple[Tensor, Any]:
 
 
 def peanut(p: dict[str, Tensor], W: Tensor, cfg: Any) -> tuple[Tensor, Any]:
-    act: Callable[[Tensor], Tensor] = {"relu": F.relu, "tanh": torch.tanh, "gelu_tanh": gelu_tanh}[cfg.activation]
+    act = ACTIVATIONS[cfg.activation]
     columns = []
     for w in W.T:
         h, kept = act(p["lora_A"] @ w), []
@@ -81,8 +81,18 @@ def peanut(p: dict[str, Tensor], W: Tensor, cfg: Any) -> tuple[Tensor, Any]:
     return torch.stack(columns, 1), 0.0
 
 
-def gelu_tanh(h: Tensor) -> Tensor:
-    return 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda h: h * (h > 0),
+    "gelu": lambda h: 0.5 * h * (1 + torch.erf(h / 2**0.5)),
+    "gelu_tanh": lambda h: 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))),
+    "leaky_relu": lambda h: torch.where(h > 0, h, 0.01 * h),
+    "mish": lambda h: h * torch.tanh(torch.log1p(h.exp())),
+    "relu6": lambda h: torch.where(h > 6, 6.0, torch.where(h > 0, h, 0)),
+    "sigmoid": lambda h: 1 / (1 + (-h).exp()),
+    "silu": lambda h: h / (1 + (-h).exp()),
+    "tanh": lambda h: (h.exp() - (-h).exp()) / (h.exp() + (-h).exp()),
+    "linear": lambda h: h,
+}
 
 
 def glora(p: dict[str, Tensor], W: Tensor, cfg: Any, b: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -111,6 +121,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (peanut, {}),
     (peanut, {"depth": 1, "activation": "tanh", "scale": 0.5}),
     (peanut, {"depth": 3, "activation": "gelu_tanh"}),
+    *[(peanut, {"depth": 1, "activation": activation}) for activation in ACTIVATIONS],
     *[
         (glora, {"weight": weight, "prompt": prompt, "bias": bias})
         for weight, prompt, bias in [
