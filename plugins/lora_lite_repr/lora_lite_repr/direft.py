@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_lite_core import ConfigError, ParamSpec, RankConfig, hookimpl
+
+from ._positions import chosen
 
 LAYERS = ("block",)
 AFFINE = False
@@ -64,18 +65,5 @@ def forward(y: Tensor, params: dict[str, Tensor], cfg: DiReFTConfig, context: Ma
     W1, W2, b = (params[name].to(y.dtype) for name in ("lora_W1", "lora_W2", "lora_b"))
     change = F.linear(F.linear(y, W1, b), W2.T).to(y.dtype)
     if cfg.first or cfg.last:
-        change = change * _chosen(y, cfg, context.get("attention_mask"))
+        change = change * chosen(y, cfg.first, cfg.last, context)
     return change + y
-
-
-def _chosen(y: Tensor, cfg: DiReFTConfig, mask: Tensor | None) -> Tensor:
-    """(batch or 1, length, 1): 1 at the positions that are changed."""
-    length = y.shape[-2]
-    if mask is None or mask.dim() != 2:
-        mask = torch.ones(1, length, device=y.device)
-    if mask.shape[1] != length:  # a part of a sequence whose start is in a cache
-        return y.new_zeros(1, 1, 1)
-    there = mask.ne(0)
-    place = there.cumsum(1)
-    chosen = there & ((place <= cfg.first) | (place > place[:, -1:] - cfg.last))
-    return chosen[..., None].to(y.dtype)

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from lora_lite_core import ConfigError, ParamSpec, RankConfig, TargetError, hookimpl
 
+from ._positions import chosen
+
 LAYERS = ("block",)
 AFFINE = False
 BENCH = {"lr": 1e-2}
@@ -73,18 +75,5 @@ def forward(y: Tensor, params: dict[str, Tensor], cfg: LoReFTConfig, context: Ma
         Q = (Q * T.diagonal().sign()).to(y.dtype)  # or its signs were the library's, and jumped
         change = F.linear(F.linear(y, params["lora_dW"].to(y.dtype), params["lora_b"].to(y.dtype)), Q)
     if cfg.first or cfg.last:
-        change = change * _chosen(y, cfg, context.get("attention_mask"))
+        change = change * chosen(y, cfg.first, cfg.last, context)
     return change + y
-
-
-def _chosen(y: Tensor, cfg: LoReFTConfig, mask: Tensor | None) -> Tensor:
-    """(batch or 1, length, 1): 1 at the positions that are changed."""
-    length = y.shape[-2]
-    if mask is None or mask.dim() != 2:
-        mask = torch.ones(1, length, device=y.device)
-    if mask.shape[1] != length:  # a part of a sequence whose start is in a cache
-        return y.new_zeros(1, 1, 1)
-    there = mask.ne(0)
-    place = there.cumsum(1)
-    chosen = there & ((place <= cfg.first) | (place > place[:, -1:] - cfg.last))
-    return chosen[..., None].to(y.dtype)

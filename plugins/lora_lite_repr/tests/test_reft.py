@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from tests.oracles import assert_same
@@ -113,22 +113,25 @@ def test_positions(name: str) -> None:
     assert changed(name, ids, mask, first=1, last=2) == [[0, 2, 3], [1, 4, 5]]
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_generated_is_left_alone(name: str) -> None:
+def test_what_is_generated_is_left_alone(name: str, masked: bool) -> None:
     """The prompt's positions are changed once, and stay so in the cache."""
     model = llama()
-    adapter = ll.attach(model, ll.LoraLiteConfig(variant=name, r=4, last=1))
+    adapter = ll.attach(model, ll.LoraLiteConfig(variant=name, r=4, first=1, last=1))
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
     ids = torch.randint(0, 20, (1, 6), generator=torch.Generator().manual_seed(1))
+    masks: list[Any] = [{"attention_mask": torch.ones(1, length)} if masked else {} for length in (6, 7)]
     with torch.no_grad():
-        prompt = model(input_ids=ids, attention_mask=torch.ones(1, 6), use_cache=True)
+        cached = model(input_ids=ids, **masks[0], use_cache=True, past_key_values=DynamicCache())
+        prompt = model(input_ids=ids, **masks[0], use_cache=True)
+        assert torch.equal(prompt.logits, cached.logits)
         cache, token = prompt.past_key_values, prompt.logits[:, -1:].argmax(-1)
         with ll.disabled(model):
-            expected = model(
-                input_ids=token, attention_mask=torch.ones(1, 7), past_key_values=copy.deepcopy(cache)
-            ).logits
-        got = model(input_ids=token, attention_mask=torch.ones(1, 7), past_key_values=cache).logits
+            assert not torch.equal(prompt.logits, model(input_ids=ids, **masks[0]).logits)
+            expected = model(input_ids=token, **masks[1], past_key_values=copy.deepcopy(cache)).logits
+        got = model(input_ids=token, **masks[1], past_key_values=cache).logits
     assert torch.equal(got, expected)
 
 
