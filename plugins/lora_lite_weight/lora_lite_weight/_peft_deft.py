@@ -16,8 +16,14 @@ def factors(P: Tensor, decomposition: str) -> tuple[Tensor, Tensor]:
     """Q and Z of the projector Q Zᵀ."""
     if decomposition == "relu":
         return P, torch.relu(P)
-    Q = torch.linalg.qr(P).Q
+    Q, T = torch.linalg.qr(P)
+    Q = Q * T.diagonal().sign()  # or its signs were the library's, and jumped
     return Q, Q
+
+
+def _signs(P: Tensor, decomposition: str) -> Tensor:
+    """(r, 1), of the rows of PEFT's R, whose Q has the library's signs."""
+    return P.new_ones(()) if decomposition == "relu" else torch.linalg.qr(P).R.diagonal().sign()[:, None]
 
 
 def _taken_out(P: Tensor, decomposition: str, layer: nn.Module) -> Tensor:
@@ -44,7 +50,8 @@ def to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
         "init_weights": True,
         "bias": "none",
     }
-    return fields, {"deft_P": P0 + dP, "deft_R": _taken_out(P0, cfg.decomposition, layer) / cfg.scale + dR}
+    R = _taken_out(P0, cfg.decomposition, layer) / cfg.scale + dR
+    return fields, {"deft_P": P0 + dP, "deft_R": _signs(P0 + dP, cfg.decomposition) * R}
 
 
 def from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
@@ -59,6 +66,8 @@ def from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Modu
     P, R = _full(tensors["deft_P"]), _full(tensors["deft_R"])
     r, decomposition = min(config["r"], len(P)), config.get("decomposition_method", "relu")  # PEFT cuts it to d_out
     alpha = config.get("alpha") or None
-    offset = R - _taken_out(P, decomposition, layer).to(R.device) / ((alpha or r) / r)
+    offset = _signs(P, decomposition).to(R.device) * R - _taken_out(P, decomposition, layer).to(R.device) / (
+        (alpha or r) / r
+    )
     fields = {"r": r, "alpha": alpha, "decomposition": decomposition, "dropout": config.get("deft_dropout") or 0.0}
     return fields, {"lora_P0": P, "lora_dP": torch.zeros_like(P), "lora_dR": offset}

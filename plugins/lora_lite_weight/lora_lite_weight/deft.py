@@ -2,8 +2,9 @@
 
     W' = (I − Q Zᵀ) W + s Q R,   s = alpha / r,   decomposition "relu": Q = P, Z = relu(P);   "qr": Q = Z = orth(P)
 
-P (d_out, r) starts as N(0, 0.02²). R starts as Z₀ᵀ W / s, of the P₀ that P starts as, so that what is put in is what is
-taken out; here that start is not stored, and cancels:
+orth(P) are P's columns made orthonormal by Gram-Schmidt, whose signs do not jump as P moves. P (d_out, r) starts as
+N(0, 0.02²). R starts as Z₀ᵀ W / s, of the P₀ that P starts as, so that what is put in is what is taken out; here that
+start is not stored, and cancels:
 
     y = W x + b + Q [ s dR x + (Z₀ − Z)ᵀ (W x) ],   P = P₀ + dP
 

@@ -58,8 +58,12 @@ def deft(p: dict[str, Tensor], W: Tensor, cfg: Any) -> tuple[Tensor, Any]:
     def parts(P: Tensor) -> tuple[Tensor, Tensor]:
         if cfg.decomposition == "relu":
             return P, P * (P > 0)
-        Q = torch.linalg.qr(P).Q
-        return Q, Q
+        made: list[Tensor] = []  # Gram-Schmidt
+        for column in P.T:
+            for one in made:
+                column = column - (column @ one) * one
+            made.append(column / column.square().sum().sqrt())
+        return torch.stack(made, 1), torch.stack(made, 1)
 
     P0, scale = p["lora_P0"], (cfg.alpha or cfg.r) / cfg.r
     R = parts(P0)[1].T @ W / scale + p["lora_dR"]
@@ -221,6 +225,18 @@ def test_dropout_keeps_the_frozen_layer_and_the_start(name: str) -> None:
     whole = layer.eval()(x).detach()
     assert not torch.allclose(layer.train()(x).detach(), whole, atol=1e-2)
     torch.testing.assert_close(mean, whole, rtol=0, atol=0.06 * float((whole - frozen).detach().abs().max()))
+
+
+def test_deft_does_not_jump_with_the_signs_of_a_librarys_qr() -> None:
+    """Which depend on the sign of P's first number."""
+    layer, x, _ = attached("deft", decomposition="qr")
+    nn.init.normal_(layer.lora_dP)
+    nn.init.normal_(layer.lora_dR)
+    outputs = []
+    for first in (-1e-9, 1e-9):
+        layer.lora_dP.data[0, 0] = first - layer.lora_P0[0, 0]
+        outputs.append(layer(x).detach())
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
 
 
 def test_hira_of_a_scaled_embedding_follows_its_rows() -> None:

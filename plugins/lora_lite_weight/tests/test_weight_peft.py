@@ -93,20 +93,33 @@ def test_glora(forms: tuple[str, str, str], bias: bool) -> None:
     parity(cfg, theirs, pairs, bias)
 
 
+def with_signs(P: Tensor, decomposition: str) -> tuple[Tensor, Tensor]:
+    """Z as Gram-Schmidt makes it, and the signs that turn its columns into those of torch's Q."""
+    if decomposition == "relu":
+        return P.relu(), torch.ones(P.shape[1])
+    Q, T = torch.linalg.qr(P)
+    return Q * T.diagonal().sign(), T.diagonal().sign()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("decomposition", ["relu", "qr"])
 def test_deft(decomposition: str, bias: bool) -> None:
-    """Their P is our P₀ + dP, their R our start, Z₀ᵀ W / s, plus dR: gradients of the offsets are those of the sums."""
+    """Their P is our P₀ + dP, their R our start, Z₀ᵀ W / s, plus dR, with the signs of their Q's columns: gradients of
+    the offsets are those of the sums."""
     layer, x = filled(ours("deft", decomposition=decomposition, alpha=6), torch.float32, bias, size=0.3)
     theirs = peft.DeftConfig(r=4, alpha=6, decomposition_method=decomposition, target_modules=["0"])
     _, inner = peft_twin(layer, theirs)
     P0 = layer.lora_P0.detach()
-    Z0 = P0.relu() if decomposition == "relu" else torch.linalg.qr(P0).Q
+    (Z0, _), (_, signs) = (with_signs(one, decomposition) for one in (P0, P0 + layer.lora_dP.detach()))
     P, R = inner.deft_P["default"], inner.deft_R["default"]
     with torch.no_grad():
         P.copy_(P0 + layer.lora_dP)
-        R.copy_(Z0.T @ layer.weight / 1.5 + layer.lora_dR)
-    assert_parity(layer, x, inner, [(layer.lora_dP, P), (layer.lora_dR, R)])
+        R.copy_(signs[:, None] * (Z0.T @ layer.weight / 1.5 + layer.lora_dR))
+    assert_parity(layer, x, inner, [(layer.lora_dP, P)])
+    (ours_,), (others,) = (
+        torch.autograd.grad(y(x).square().mean(), p) for y, p in ((layer, layer.lora_dR), (inner, R))
+    )
+    torch.testing.assert_close(ours_, signs[:, None] * others, rtol=1e-5, atol=1e-5)
 
 
 def test_deft_starts_where_peft_starts() -> None:
