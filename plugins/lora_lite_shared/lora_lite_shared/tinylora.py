@@ -5,7 +5,8 @@
 U, S, Vh are the r largest singular triplets of W; they and the u matrices P_i (r, r), drawn from N(0, 1/r) for each
 layer, are frozen. v (u) is trained: one for each layer, or with tied=True one for the whole model. Identity at step 0
 because v is zero; its gradient is alive from the start. Reads the base's dense weight once, at attach; a file only fits
-the weights it was made on. u parameters a layer, or u in all; r (d_in + d_out) multiply-accumulates per token.
+the weights it was made on. u parameters a layer, or u in all; r (d_in + d_out) multiply-accumulates per token and r² (u
++ d_in) per call.
 
 Morris, Mireshghallah, Ibrahim, Mahloujifar: Learning to Reason in 13 Parameters, 2026, arXiv:2602.04118; the random P
 and the halves of S, √S on each side, as in the peft package.

@@ -7,9 +7,10 @@ by decompose_factor. w2 is a product w2_a w2_b of rank r, unless r is at least h
 trained as it is. With decompose_both this holds of w1, too. w2 (or w2_b) starts as zeros, which makes step 0 the
 identity, the others as LoRA's A; this is LyCORIS' start. (PEFT's default starts with w1 = 0. Elsewhere, where the two
 differ, it is PEFT's way: LyCORIS leaves s out where w1 and w2 are both whole, and gives w1 the smaller part of a width
-even where the factor is the larger.) Needs nothing of the base. a c + r (b + d) parameters, or a c + b d. x is seen as
-c rows of d numbers and multiplied from both sides, w1 X w2ᵀ, so that the Kronecker product is never made: c d b + a c b
-multiply-accumulates per token, and r b d per call where w2 is a product.
+even where the factor is the larger. On a convolution both split the channels, here it is the width of a patch.) Needs
+nothing of the base. a c + r (b + d) parameters, or a c + b d. x is seen as c rows of d numbers and multiplied from both
+sides, w1 X w2ᵀ, so that the Kronecker product is never made: c d b + a c b multiply-accumulates per token, and r b d
+per call where w2 is a product.
 
 Yeh, Hsieh, Gao, Yang, Oh, Gong: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation,
 2023 (ICLR 2024), arXiv:2309.14859.

@@ -7,7 +7,7 @@ H[:, j], a product of matrices: G_1 (n_1, t), G_m (t, n_m, t), H (t, r), t being
 cores are trained. Those of A start so that its entries have the size of LoRA's A; of B the last, H, starts as zeros,
 which makes step 0 the identity, the others so that their product has entries of about 1. Needs nothing of the base. For
 both factors together about t² Σ n_m + t r parameters each, some hundreds where LoRA has ten thousands. A and B are made
-of the cores at each call, t² d + t r d multiply-accumulates each; per token it is LoRA.
+of the cores at each call, about t² d + t r d multiply-accumulates each; per token it is LoRA.
 
 Yang, Zhou, Wong, Zhang: LoRETTA, 2024 (NAACL), arXiv:2402.11417; this is LoRETTA_rep, its form beside the weight.
 """
