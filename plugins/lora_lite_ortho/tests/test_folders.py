@@ -51,6 +51,7 @@ THEIRS: dict[str, Any] = {
     "psoft: default": lambda: peft.PsoftConfig(target_modules=NAMES, r=4),
     "psoft: pissa": lambda: peft.PsoftConfig(target_modules=NAMES, r=4, psoft_alpha=9, ab_svd_init="pissa_init"),
     "psoft: free": lambda: peft.PsoftConfig(target_modules=NAMES, r=4, psoft_orth=False, psoft_mag_b=False),
+    "psoft: free, of one number": lambda: peft.PsoftConfig(target_modules=NAMES, r=1, psoft_orth=False),
     "psoft: series": lambda: peft.PsoftConfig(
         target_modules=NAMES, r=4, use_cayley_neumann=True, cayley_neumann_eps=0.2, psoft_dropout=0.1
     ),
