@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 pytest.importorskip("lycoris", reason="the authors' package, pip install lycoris-lora, is in the dev group alone")
+from lycoris.functional.general import factorization
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
@@ -131,6 +132,14 @@ def test_lokr_on_a_convolution(kernel: str, fields: dict[str, Any], parts: set[s
     fields = {**fields, "decompose_factor": 2}
     cfg = ll.LoKrConfig(**fields, target_names=("0",))
     assert compared(layer, cfg, lokr(twin, fields), LOKR, x) == parts
+
+
+def test_every_split_is_theirs_up_to_its_order() -> None:
+    from lora_lite_tensor.lokr import _split
+
+    for width in (*range(1, 130), 768, 1000, 1024, 11008):
+        for factor in (-1, 1, 2, 3, 4, 5, 8, 16, 100):
+            assert sorted(_split(width, factor)) == sorted(factorization(width, factor)), (width, factor)
 
 
 def test_the_scale_of_two_whole_parts_stays() -> None:
