@@ -166,6 +166,12 @@ def test_the_seed_says_which_places(name: str) -> None:
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("name", ["FourierFT", "WaveFT"])
+def test_a_scale_of_zero_would_train_nothing(name: str) -> None:
+    with pytest.raises(ll.ConfigError, match=rf"{name}Config\(scaling=0\): .* a number other than 0"):
+        ll.LoraLiteConfig(variant=name.lower(), scaling=0)
+
+
 def test_layers_of_a_size_share_their_places() -> None:
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 24))
     adapter = ll.attach(model, ll.FourierFTConfig(n_frequency=30))
@@ -191,8 +197,6 @@ def test_refusals() -> None:
             made(n_frequency=0)
         with pytest.raises(ll.ConfigError, match=r"scaling='x'\): a number"):
             made(scaling="x")
-        with pytest.raises(ll.ConfigError, match=r"scaling=0\): .* a number other than 0"):
-            made(scaling=0)
         with pytest.raises(ll.ConfigError, match=r"random_loc_seed=None\): a whole number"):
             made(random_loc_seed=None)
     with pytest.raises(ll.ConfigError, match=r"C3AConfig\(block_size=0\): a whole number of at least 1"):

@@ -32,6 +32,11 @@ def test_the_rank_is_a_product() -> None:
     assert int(torch.linalg.matrix_rank(change.detach())) == len(x)
 
 
+def test_a_scale_of_zero_would_train_nothing() -> None:
+    with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=0\): .* a number other than 0"):
+        ll.KronAConfig(scaling=0)
+
+
 def test_tokens() -> None:
     model = nn.Sequential(nn.Embedding(12, 10))
     for parameter in ll.attach(model, ll.KronAConfig(target_names=("0",))).parameters():
@@ -57,7 +62,5 @@ def test_start_and_refusals() -> None:
         ll.attach(model, ll.KronAConfig(a2=5), name="other")
     with pytest.raises(ll.ConfigError, match=r"KronAConfig\(a2=0\): a whole number of at least 1, or None"):
         ll.KronAConfig(a2=0)
-    with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=0\): .* a number other than 0"):
-        ll.KronAConfig(scaling=0)
     with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=None\): a number"):
         ll.KronAConfig(scaling=None)  # type: ignore[arg-type]
