@@ -12,6 +12,8 @@ from lora_lite_core import ConfigError, cayley_offset, skew
 def check_terms(name: str, terms: object) -> None:
     if terms is not None and (not isinstance(terms, int) or isinstance(terms, bool) or terms < 2):
         raise ConfigError(f"{name}(terms={terms!r}): a series that turns has at least 2 terms; None turns exactly")
+    if terms is not None and terms > 100:
+        raise ConfigError(f"{name}(terms={terms!r}): at most 100, added one after the other; None turns exactly")
 
 
 def rotation_offset(q: Tensor, b: int, terms: int | None) -> Tensor:

@@ -60,7 +60,7 @@ to_peft, from_peft = hookimpl(_peft_butterfly.boft_to_peft), hookimpl(_peft_butt
 
 def _size(d_in: int, cfg: BOFTConfig) -> int:
     """b on a layer of that width."""
-    reach, step = 1 << cfg.factors - 1, 1 if cfg.factors == 1 else 2
+    reach, step = 1 << min(cfg.factors - 1, 62), 1 if cfg.factors == 1 else 2
     fitting = [size for size in range(2, d_in // reach + 1, step) if d_in % (size * reach) == 0]
     b = cfg.block_size if cfg.block_num is None else d_in // cfg.block_num
     if b not in fitting or (cfg.block_num is not None and b * cfg.block_num != d_in):

@@ -35,7 +35,7 @@ class OFTConfig(AdapterConfig):
     block_share  one block for all places
     coft         constrained OFT: Q stays within eps
     eps          the bound, with coft
-    terms        of the truncated series, at least 2; None turns exactly
+    terms        of the truncated series, from 2 to 100; None turns exactly
     """
 
     variant = "oft"

@@ -37,7 +37,7 @@ class PSOFTConfig(RankConfig):
     orthogonal       rotate; False trains all r² numbers in the place of a rotation
     mag_out, mag_in  scale coordinates behind the rotation (d) and before it (c)
     start            "psoft", or "pissa"
-    terms            of the truncated series that OFT has, too, at least 2; None turns exactly
+    terms            of the truncated series that OFT has, too, from 2 to 100; None turns exactly
     bound            largest ‖Q‖_F of the series; None for none
     """
 

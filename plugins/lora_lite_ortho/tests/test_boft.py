@@ -104,6 +104,12 @@ def test_sizes_that_do_not_fit() -> None:
         ll.BOFTConfig(factors=0)
 
 
+def test_more_factors_than_any_width_has() -> None:
+    """Of a file, say: answered at once, without a number of as many bits."""
+    with pytest.raises(ll.TargetError, match=r"factors=1000000000000\) on a layer with d_in=24: .* that fit: \[\]"):
+        ll.attach(nn.Sequential(nn.Linear(D_IN, D_OUT)), ll.BOFTConfig(factors=10**12))
+
+
 class Extension:
     """What the peft package's CUDA extension computes: block-diagonal matrices, and the way back."""
 

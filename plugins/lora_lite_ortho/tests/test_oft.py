@@ -79,6 +79,13 @@ def test_the_truncated_series(terms: int) -> None:
     assert_same(layer, x, F.linear(x, layer.weight @ R, layer.bias), {"lora_q": q}, 1e-11)
 
 
+@pytest.mark.parametrize("made", [ll.OFTConfig, ll.PSOFTConfig])
+def test_a_series_that_would_never_end(made: Any) -> None:
+    """Of a file, say."""
+    with pytest.raises(ll.ConfigError, match=r"\(terms=1000000000\): at most 100, .*; None turns exactly"):
+        made(terms=10**9)
+
+
 def test_the_series_nears_the_exact_rotation() -> None:
     q = 0.02 * torch.randn(4, 15, dtype=torch.float64)
     errors = []

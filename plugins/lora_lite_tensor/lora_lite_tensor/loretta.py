@@ -31,7 +31,7 @@ class LoRETTAConfig(LowRankConfig):
     """Config of LoRETTA.
 
     tt_rank  t, the size of the products between the cores
-    axes     into how many numbers the widths are split, at least 2
+    axes     into how many numbers the widths are split, from 2 to 32
     """
 
     variant = "loretta"
@@ -44,6 +44,8 @@ class LoRETTAConfig(LowRankConfig):
         for name, least in (("tt_rank", 1), ("axes", 2)):
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ConfigError(f"LoRETTAConfig({name}={value!r}): a whole number of at least {least}")
+        if self.axes > 32:
+            raise ConfigError(f"LoRETTAConfig(axes={self.axes!r}): at most 32; no width has more factors")
 
 
 Config = LoRETTAConfig

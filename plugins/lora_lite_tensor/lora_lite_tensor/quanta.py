@@ -36,7 +36,7 @@ LAYERS = ("linear", "convolution", "experts")
 class QuanTAConfig(AdapterConfig):
     """Config of QuanTA.
 
-    axes  into how many numbers the widths are split, at least 2
+    axes  into how many numbers the widths are split, from 2 to 32
     """
 
     variant = "quanta"
@@ -47,6 +47,8 @@ class QuanTAConfig(AdapterConfig):
         super().__post_init__()
         if not isinstance(self.axes, int) or self.axes < 2:
             raise ConfigError(f"QuanTAConfig(axes={self.axes!r}): a whole number of at least 2")
+        if self.axes > 32:
+            raise ConfigError(f"QuanTAConfig(axes={self.axes!r}): at most 32; no width has more factors")
 
 
 Config = QuanTAConfig

@@ -83,6 +83,12 @@ def test_it_is_small() -> None:
     assert sum(p.numel() for p in adapter.parameters()) == 2 * (5 * sizes[0] + 25 * (sizes[1] + sizes[2]) + 40) == 1040
 
 
+def test_more_axes_than_any_width_has() -> None:
+    """Of a file, say: answered at once."""
+    with pytest.raises(ll.ConfigError, match=r"LoRETTAConfig\(axes=1000000000000\): at most 32"):
+        ll.LoRETTAConfig(axes=10**12)
+
+
 def test_refusals() -> None:
     with pytest.raises(ll.ConfigError, match=r"LoRETTAConfig\(tt_rank=0\): a whole number of at least 1"):
         ll.LoRETTAConfig(tt_rank=0)

@@ -76,6 +76,12 @@ def test_start() -> None:
     assert all(parameter.grad.any() for parameter in adapter.parameters())
 
 
+def test_more_axes_than_any_width_has() -> None:
+    """Of a file, say: answered at once."""
+    with pytest.raises(ll.ConfigError, match=r"QuanTAConfig\(axes=1000000000000\): at most 32"):
+        ll.QuanTAConfig(axes=10**12)
+
+
 def test_refusals() -> None:
     with pytest.raises(ll.ConfigError, match=r"QuanTAConfig\(axes=1\): a whole number of at least 2"):
         ll.QuanTAConfig(axes=1)
