@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite_core import ConfigError
+
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def check(cfg: Any) -> None:
+    name = type(cfg).__name__
+    if not cfg.scaling:
+        raise ConfigError(f"{name}(scaling={cfg.scaling!r}): nothing would be trained; a number other than 0")
+    if not -(2**63) <= cfg.random_loc_seed < 2**64:
+        raise ConfigError(f"{name}(random_loc_seed={cfg.random_loc_seed!r}): a seed has at most 64 bits")
 
 
 def places(total: int, count: int, seed: int) -> Tensor:

@@ -50,8 +50,7 @@ class FourierFTConfig(AdapterConfig):
         for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ConfigError(f"FourierFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
-        if not self.scaling:
-            raise ConfigError("FourierFTConfig(scaling=0): nothing would be trained; a number other than 0")
+        _spectra.check(self)
 
 
 Config = FourierFTConfig

@@ -56,8 +56,7 @@ class WaveFTConfig(AdapterConfig):
         for name, kinds in (("scaling", (int, float)), ("random_loc_seed", int)):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ConfigError(f"WaveFTConfig({name}={value!r}): a{' whole' * (kinds is int)} number")
-        if not self.scaling:
-            raise ConfigError("WaveFTConfig(scaling=0): nothing would be trained; a number other than 0")
+        _spectra.check(self)
         if self.wavelet_family not in DAUBECHIES:
             known = ", ".join(DAUBECHIES)
             raise ConfigError(f"WaveFTConfig(wavelet_family={self.wavelet_family!r}): the wavelets here are {known}")

@@ -172,6 +172,14 @@ def test_a_scale_of_zero_would_train_nothing(name: str) -> None:
         ll.LoraLiteConfig(variant=name.lower(), scaling=0)
 
 
+@pytest.mark.parametrize("name", ["FourierFT", "WaveFT"])
+def test_seeds_that_torch_takes(name: str) -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        attached(ll.LoraLiteConfig(variant=name.lower(), n_frequency=5, random_loc_seed=seed), 8, 6)
+    with pytest.raises(ll.ConfigError, match=rf"{name}Config\(random_loc_seed={2**64}\): a seed has at most 64 bits"):
+        ll.LoraLiteConfig(variant=name.lower(), random_loc_seed=2**64)
+
+
 def test_layers_of_a_size_share_their_places() -> None:
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 24))
     adapter = ll.attach(model, ll.FourierFTConfig(n_frequency=30))
