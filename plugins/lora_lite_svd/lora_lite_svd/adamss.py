@@ -10,8 +10,8 @@ others are trained on: the score is the smoothed importance |w ∂w| times its u
 its B_j, since `begin` or the last choice; at each interval-th step and at `end` the best of all layers are chosen, by a
 curve down to `target` of them. That needs `ll.follow(model, optimizer)`; the peft package keeps one fewer each time, as
 none is above itself. Reads weight and bias at attach; a file only fits those. subspaces · r · dims + r d_out parameters
-(with `target` three times as many numbers in the file beside), dims d_in + subspaces · r (dims + d_out)
-multiply-accumulates per token.
+(with `target` three times as many numbers in the file beside), subspaces · r (d_in + d_out) multiply-accumulates per
+token, and subspaces · r · dims · d_in per call, for A V.
 
 Zheng et al.: AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning, 2025 (NeurIPS), OpenReview
 8ZdWmpYxT0. PEFT's folders do not say which outputs are a group: they are found anew, which takes scikit-learn.
@@ -85,11 +85,11 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: AdaMSSConfig, generat
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: AdaMSSConfig) -> Tensor:
     A, B = _allocation.in_force(params)
-    hidden = project(x, params["lora_V"])
-    if "lora_v" in params:
-        hidden = hidden + params["lora_v"].to(hidden.dtype)
     B = _allocation.wide(B, params["lora_c"], len(A) // cfg.r)
-    return F.linear(F.linear(hidden, A.to(hidden.dtype)), B.to(hidden.dtype)).to(y.dtype).add_(y)
+    hidden = project(x, A @ params["lora_V"])
+    if "lora_v" in params:
+        hidden = hidden + F.linear(params["lora_v"], A).to(hidden.dtype)
+    return F.linear(hidden, B.to(hidden.dtype)).to(y.dtype).add_(y)
 
 
 @hookimpl
