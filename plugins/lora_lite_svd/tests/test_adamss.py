@@ -149,7 +149,9 @@ def test_the_choice_written_out_and_what_is_left_out_stays() -> None:
         assert masks == active, step
         counts.append(sum(map(len, masks)))
         changes.append([change_of(target) for target in layers])
-    assert counts == [6] * 5 + [5] * 5 + [4] * 5 + [3] * 10 or counts[-1] == 3, counts
+    assert counts[0] == 6
+    assert counts[-1] == 3
+    assert counts == sorted(counts, reverse=True)
     for i, target in enumerate(layers):
         for group in range(3):
             outputs = target.params["lora_c"] == group
