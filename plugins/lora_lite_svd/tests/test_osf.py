@@ -254,3 +254,17 @@ def test_a_folder_of_another_size(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ll.AdapterFileError, match=r"osf_svd_params.U_low is \(16, 8\), not \(20, 8\)"):
         ll.import_peft(nn.Sequential(nn.Linear(D_IN, 20)), tmp_path / "theirs")
+
+
+def test_ranks_of_their_own_are_read_and_not_written(tmp_path: Path) -> None:
+    """PEFT searches these patterns in names, where those of its other methods match whole ones."""
+    from peft import OSFConfig
+
+    fields = {"target_modules": ["up_proj", "v_proj"], "rank_pattern": {"0.*up_proj": 3}}
+    expected = saved_by_peft(OSFConfig(**fields), tmp_path / "theirs", std=0.3)
+    model = peft_net()
+    adapter = ll.import_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(token_ids()).detach(), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(target.cfg.keep for target in adapter.layers().values()) == [0.5, 0.5, 0.5, 3]
+    with pytest.raises(ll.MergeError, match="effective_rank"):
+        ll.export_peft(model, tmp_path / "none")
