@@ -12,8 +12,8 @@ ALLOW, BLOCK = "LORA_LITE_PLUGINS", "LORA_LITE_BLOCK"  # environment switches: n
 # For the "pip install …" hint when a first-party package is missing, and for what LORA_LITE_PLUGINS=NAME means.
 _PACKAGES = {
     "lora-lite-lora": "adalora alora corda dylora gralora kasa lora lora_fa lora_ga "
-    "lora_sb melora miss molora mora moslora olora qalora sora trainable_tokens",
-    "lora-lite-svd": "antipasto eva lora_xs pissa spectral ssvd svf svft",
+    "lora_sb melora miss molora mora moslora olora poly qalora sora trainable_tokens",
+    "lora-lite-svd": "adamss antipasto eva lora_xs osf pissa spectral ssvd svf svft",
     "lora-lite-ortho": "bitfit boft delora dora hra ia3 ia3_ff ln_tuning oft psoft red road ssf",
     "lora-lite-antipasto": "antipasto_ablate antipasto_gain antipasto_mix",
     "lora-lite-shared": "frod lily pvera randlora tied_lora tinylora uni_lora vb_lora vera",

@@ -9,7 +9,7 @@ import pytest
 import lora_lite as ll
 
 FIELDS: dict[str, dict[str, Any]] = {"alora": {"invocation_tokens": (40, 38)}}  # of "How many" behind the full stop
-NAMES = ["alora", "gralora", "lora_fa", "melora", "miss", "molora", "mora", "moslora", "qalora"]
+NAMES = ["alora", "gralora", "lora_fa", "melora", "miss", "molora", "mora", "moslora", "poly", "qalora"]
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ def test_options_that_make_no_sense() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["svf", "svft", "spectral"])
+@pytest.mark.parametrize("name", ["adamss", "osf", "svf", "svft", "spectral"])
 def test_it_learns(name: str) -> None:
     from lora_lite_bench.runs.run import Job, run
 
