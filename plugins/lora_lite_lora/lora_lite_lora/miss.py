@@ -48,7 +48,7 @@ class MiSSConfig(DropoutConfig):
         super().__post_init__()
         if self.mode not in MODES:
             raise ConfigError(f"MiSSConfig(mode={self.mode!r}): the modes are {', '.join(map(repr, MODES))}")
-        if not isinstance(self.mini_r, int) or isinstance(self.mini_r, bool) or self.mini_r < 1:
+        if self.mini_r < 1:
             raise ConfigError(f"MiSSConfig(mini_r={self.mini_r!r}): it is a whole number of at least 1")
         if self.mode == "bat" and self.dropout:
             raise ConfigError(

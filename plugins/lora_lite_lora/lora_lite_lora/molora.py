@@ -41,9 +41,9 @@ class MoLoRAConfig(DropoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.experts, int) or isinstance(self.experts, bool) or self.experts < 1:
+        if self.experts < 1:
             raise ConfigError(f"MoLoRAConfig(experts={self.experts!r}): it is a whole number of at least 1")
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or not 0 <= self.top_k <= self.experts:
+        if not 0 <= self.top_k <= self.experts:
             raise ConfigError(f"MoLoRAConfig(top_k={self.top_k!r}): from 1 to experts={self.experts}, or 0 for all")
 
 
