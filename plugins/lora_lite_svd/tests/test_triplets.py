@@ -175,6 +175,27 @@ def test_selection_and_data_must_fit() -> None:
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize("select", ["rms", "mean_abs"])
+def test_a_selection_by_nothing_is_an_error(select: str) -> None:
+    with pytest.raises(ll.CalibrationError, match="0: all inputs in the calibration data are zero"):
+        ll.attach(
+            nn.Sequential(nn.Linear(D_IN, D_OUT)),
+            ll.AntiPaSTOConfig(r=4, select=select),
+            calibration_data=[torch.zeros(9, D_IN)],
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["antipasto", "kasa", "lora_xs", "olora", "pissa", "spectral", "ssvd", "svf", "svft"])
+def test_a_weight_that_is_not_finite_is_named(name: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT))
+    model[0].weight.data[2, 3] = value
+    cfg = ll.LoraLiteConfig(variant=name, **({} if name == "svf" else {"r": 4}))
+    with pytest.raises(ll.ModelStateError, match=rf"init of variant '{name}' .* 0.* does its weight hold (nan|any)"):
+        ll.attach(model, cfg)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
