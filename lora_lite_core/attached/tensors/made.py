@@ -68,7 +68,7 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
     versions = {bare: tensor._version for bare, tensor in shared.items()}
     generator = generator_for(seed, target, "init")
     given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}
-    label, given_so = f"init of variant '{target.variant.name}'", _not_finite(params)
+    label, given_so = f"init of variant '{target.variant.name}'", not_finite(params)
     try:
         returned = target.variant.init(given)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -86,11 +86,12 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
             f"{label} wrote params['{written[0]}'], which other layers share; give it an init in ParamSpec, or fill it "
             "in group_init"
         )
-    if wrong := sorted(_not_finite(params) - given_so):
+    if wrong := sorted(not_finite(params) - given_so):
         raise ModelStateError(f"{label} made {wrong[0]} of {target.name} with nan or inf; does its weight hold any?")
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+def not_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of those that hold nan or inf."""
     return {bare for bare, tensor in tensors.items() if not tensor.isfinite().all()}
 
 

@@ -239,6 +239,14 @@ def test_a_gradient_without_a_direction_is_an_error(name: str) -> None:
         put(model, name, [draw(6, 30, 12)])
 
 
+def test_a_weight_that_is_not_finite_has_no_context() -> None:
+    model = nn.Sequential(linear(12, 8))
+    model[0].weight.data[2, 3] = float("inf")
+    with pytest.raises(ll.ModelStateError, match="group_init of variant 'corda' .*does a weight hold"):
+        put(model, "corda", [draw(6, 30, 12)])
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
 def test_corda_of_nothing_is_an_error() -> None:
     with pytest.raises(ll.CalibrationError, match="0: all inputs in the calibration data are zero"):
         put(nn.Sequential(linear(12, 8)), "corda", [torch.zeros(30, 12).double()])
