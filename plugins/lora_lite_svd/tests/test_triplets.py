@@ -52,12 +52,12 @@ def test_ssvd(r: int) -> None:
 
 
 @pytest.mark.parametrize("rotate_basis", ["V", "U", "both", "none"])
-@pytest.mark.parametrize("b", [2, 4, 8])
-def test_antipasto(rotate_basis: str, b: int) -> None:
-    layer, x = filled(ll.AntiPaSTOConfig(r=8, block_size=b, rotate_basis=rotate_basis))
+@pytest.mark.parametrize(("b", "angle"), [(2, 0.5), (4, 0.5), (4, 1.3), (8, 3.0)])
+def test_antipasto(rotate_basis: str, b: int, angle: float) -> None:
+    layer, x = filled(ll.AntiPaSTOConfig(r=8, block_size=b, rotate_basis=rotate_basis, max_rotation_angle=angle))
     U, S, Vh = frozen(layer)
     names = {"lora_dS": layer.lora_dS.detach().clone().requires_grad_()}
-    limit, rotations = 2 * math.tan(0.25), {}
+    limit, rotations = 2 * math.tan(angle / 2), {}
     for side in "VU":
         rotations[side] = torch.eye(8, dtype=torch.float64)
         if hasattr(layer, f"lora_T{side}"):
