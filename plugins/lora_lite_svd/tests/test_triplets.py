@@ -23,7 +23,14 @@ def cayley(T: Tensor, b: int) -> Tensor:
 
 
 def frozen(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.lora_U.detach(), layer.lora_S.detach(), layer.lora_Vh.detach()
+    """U, S, Vh as the layer has them: the largest triplets of its weight, up to signs."""
+    U, S, Vh = layer.lora_U.detach(), layer.lora_S.detach(), layer.lora_Vh.detach()
+    exact, r = torch.linalg.svd(layer.weight.detach(), full_matrices=False), len(S)
+    torch.testing.assert_close(S, exact.S[:r], rtol=0, atol=1e-10)
+    turned = (U.T @ exact.U[:, :r]).diagonal().sign()
+    torch.testing.assert_close(U * turned, exact.U[:, :r], rtol=0, atol=1e-8)
+    torch.testing.assert_close(Vh * turned[:, None], exact.Vh[:r], rtol=0, atol=1e-8)
+    return U, S, Vh
 
 
 @pytest.mark.parametrize("bias", [True, False])
