@@ -32,7 +32,7 @@ class TrainableTokensConfig(AdapterConfig):
 
     rows          ids of the tokens to train, as those that `tokenizer.add_tokens` has made
     tied          leave out layers whose weight is not the embedding's; False gives every layer rows of its own
-    target_names  by default the usual names of token embeddings and of heads
+    target_names  by default the usual names of token embeddings and of heads, of which exclude_names leaves out none
     """
 
     variant = "trainable_tokens"
