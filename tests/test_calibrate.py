@@ -143,3 +143,38 @@ def test_outlier_channels_do_not_spoil_the_directions() -> None:
     Vh = torch.linalg.svd(exact, full_matrices=False).Vh[:12]
     outside = rows - rows @ Vh.T @ Vh
     assert float(torch.linalg.matrix_norm(outside, 2)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("batches", "center", "message"),
+    [
+        (
+            [torch.zeros(9, 4)],
+            False,
+            "0: all inputs in the calibration data are zero; give batches that the layer does",
+        ),
+        ([torch.full((9, 4), 1e-30)], False, "0: all inputs in the calibration data are zero"),
+        ([torch.full((9, 4), 3.3)], True, "0: all inputs in the calibration data are the same; give other batches"),
+        ([torch.full((9, 4), 1e25)], False, "0: inputs in the calibration data are too large to be squared"),
+        ([torch.zeros(0, 4)], False, "no row of calibration data reached 0"),
+        ([torch.ones(9, 4), torch.full((9, 4), float("nan"))], False, "0 gets inputs with nan or inf from the calib"),
+        ([torch.full((9, 4), float("inf"))], False, "0 gets inputs with nan or inf"),
+    ],
+)
+def test_moments_that_say_nothing_are_errors(batches: list[Tensor], center: bool, message: str) -> None:
+    with pytest.raises(ll.CalibrationError, match=message):
+        moments(nn.Sequential(nn.Linear(4, 4)), batches)["0"].second_moment(center=center)
+
+
+def test_inputs_may_be_one_vector() -> None:
+    found = moments(nn.Sequential(nn.Linear(4, 4)), [torch.arange(4.0)])["0"]
+    assert found.count == 1
+    torch.testing.assert_close(found.second_moment(center=False).float(), torch.outer(*[torch.arange(4.0)] * 2))
+
+
+@pytest.mark.parametrize("data", [torch.ones(3, 4), {"input_ids": torch.ones(3, 4)}, "abc", 5])
+def test_one_batch_is_not_a_list_of_them(data: Any) -> None:
+    with pytest.raises(
+        ll.CalibrationError, match=r"variant 'eva' got a \w+ as calibration data; give a list of batches"
+    ):
+        ll.attach(nn.Sequential(nn.Linear(4, 4)), ll.EVAConfig(r=1), calibration_data=data)

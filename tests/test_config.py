@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 import lora_lite as ll
+
+from .usual import NEEDED
 
 CONFIGS = [
     ll.LoRAConfig(r=4, alpha=8, rslora=True, target_names=("q_proj",), layers=(0, 1), dtype="bfloat16"),
@@ -74,9 +77,41 @@ def test_first_matching_pattern_wins() -> None:
         (lambda: ll.LoRAConfig(layers=(-1,)), "LoRAConfig(layers=(-1,)): give block numbers from 0"),
         (lambda: ll.LoRAConfig(layers=()), "give block numbers from 0, or None for all"),
         (lambda: ll.LoraLiteConfig(variant="lora", rr=1), "LoRAConfig has no field 'rr'"),
+        (lambda: ll.LoRAConfig(alpha=float("inf")), "LoRAConfig(alpha=inf): alpha is a number above 0"),
+        (lambda: ll.LoRAConfig(rslora="no"), "LoRAConfig(rslora='no'): rslora is True or False"),
+        (lambda: ll.LoRAConfig(init=["gaussian"]), "LoRAConfig(init=['gaussian']): init is a string"),
+        (lambda: ll.EVAConfig(rho="2"), "EVAConfig(rho='2'): rho is a finite number"),
+        (lambda: ll.DyLoRAConfig(min_r=None), "DyLoRAConfig(min_r=None): min_r is a whole number"),
+        (lambda: ll.DyLoRAConfig(use_r=1.5), "DyLoRAConfig(use_r=1.5): use_r is a whole number, or None"),
     ],
 )  # fmt: skip
 def test_bad_values(make: object, message: str) -> None:
     with pytest.raises(ll.ConfigError) as caught:
         make()
     assert message in str(caught.value)
+
+
+REFUSED = {
+    "bool": ["no", None, 0, 1, 0.5, []],
+    "int": ["1", None, True, 1.0, 1.5, float("nan"), [1], {}],
+    "float": ["0.5", None, True, float("nan"), float("inf"), -float("inf"), [0.5], 1j],
+    "str": [None, 1, True, ["svd"], {}],
+}
+
+
+@pytest.mark.parametrize("name", [info.name for info in ll.list_variants()])
+def test_no_variant_takes_what_its_field_is_not(name: str) -> None:
+    """Each field that holds one value, with all kinds of others: refused, by a typed error that names field and value."""
+    Config, needed = ll.get_variant(name).Config, {**NEEDED, "trainable_tokens": {"rows": (1,)}}.get(name, {})
+    for field in dataclasses.fields(Config):
+        kind, _, optional = str(field.type).partition(" | ")
+        for value in REFUSED.get(kind, ()):
+            if optional in ("", "None") and not (optional and value is None):
+                with pytest.raises(ll.ConfigError) as caught:
+                    Config(**{**needed, field.name: value})
+                assert f"{Config.__name__}({field.name}={value!r}" in str(caught.value)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert ll.EVAConfig(rho=2).rho == 2
+    assert ll.LoRAGAConfig(gamma=4, alpha=8, dropout=0).gamma == 4

@@ -145,3 +145,12 @@ def test_what_is_missing_is_said(registered: Any) -> None:
     model.forward = lambda x: model["a"](x)  # type: ignore[method-assign]
     with pytest.raises(ll.CalibrationError, match=r"no gradient of the loss reached b \(1 layers in all\)"):
         ll.attach(model, half.Config(), calibration_data=[torch.ones(2, 4)])
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(registered: Any) -> None:
+    variant = collecting({}, loss=lambda output, batch: output.sum() * float("nan"))
+    registered(variant, name="collecting")
+    with pytest.raises(
+        ll.CalibrationError, match=r"the gradient of the loss at layers\.\d.* has nan or inf \(10 layers"
+    ):
+        ll.attach(net(), variant.Config(), calibration_data=BATCHES)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import ConfigError, LoraLiteError, did_you_mean
+from .errors import ConfigError, LoraLiteError, did_you_mean, wanted
 from .text import told
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class AdapterConfig:
                 other = OTHER_NAMES.get(name)
                 hint = f"; did you mean '{other}'?" if other in known else did_you_mean(name, known)
                 raise ConfigError(f"{cls.__name__} has no field '{name}'{hint}\n  fields: {', '.join(known)}")
+        for f in fields(cls):  # RankConfig and its like say more of their own
+            if f.name in given and f.name not in ("r", "alpha", "dropout") and (kind := wanted(f.type, given[f.name])):
+                raise ConfigError(f"{cls.__name__}({f.name}={given[f.name]!r}): {f.name} is {kind}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -157,7 +161,7 @@ class LowRankConfig(RankConfig):
     def __post_init__(self) -> None:
         alphas = [] if self.alpha is None else [self.alpha]
         for name, values in (("alpha", alphas), ("alpha_pattern", list(_mapping(self, "alpha_pattern").values()))):
-            if any(isinstance(a, bool) or not isinstance(a, (int, float)) or not a > 0 for a in values):
+            if any(isinstance(a, bool) or not isinstance(a, (int, float)) or not 0 < a < math.inf for a in values):
                 raise ConfigError(
                     f"{type(self).__name__}({name}={getattr(self, name)!r}): alpha is a number above 0, or None for r"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from itertools import islice
 
@@ -73,6 +74,28 @@ class BaseMismatch(LoraLiteError, ValueError):
 
 class AdapterFileError(LoraLiteError, ValueError):
     """The file is not a complete lora-lite adapter that fits this model."""
+
+
+# What a config's field that holds one value takes, by its annotation.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a finite number"),
+    "str": ((str,), "a string"),
+}
+
+
+def wanted(annotation: object, value: object) -> str:
+    """What a field with that annotation (`int`, `float | None` …) holds, or "" where the value is that, or where the
+    annotation is of another kind. True is no number, and nan and infinity are no finite ones."""
+    kind, _, optional = str(getattr(annotation, "__name__", annotation)).partition(" | ")
+    if kind not in _KINDS or optional not in ("", "None") or (optional and value is None):
+        return ""
+    types, words = _KINDS[kind]
+    fits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+    if fits and not (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return words + (", or None" if optional else "")
 
 
 def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from ..contract.target import Target
 
 EIGH_LIMIT = 4096  # largest covariance that is solved in full
+ROUNDING = 1e-6  # of float32 sums: what varies less, as a share of the square, is not seen
 STRIP = 128  # rows of a Gram matrix that are summed at once, from the diagonal on: it is symmetric
 
 
 def calibration_batches(data: Iterable[Any] | None, variant: str) -> Iterable[Any]:
     """The data as something that can be read again and again, at least one batch long.
 
-    Raises CalibrationError when there is none, or when it is an iterator that is used up after one pass.
+    Raises CalibrationError when there is none, when it is one batch and not several, or an iterator that is used up
+    after one pass.
     """
     if data is None:
         raise CalibrationError(f"variant '{variant}' needs calibration data; give attach(…, calibration_data=batches)")
@@ -35,6 +37,11 @@ def calibration_batches(data: Iterable[Any] | None, variant: str) -> Iterable[An
         raise CalibrationError(
             f"variant '{variant}' reads its calibration data more than once, and this {type(data).__name__} is used up "
             "after one pass; give a list or a DataLoader"
+        )
+    several = any(hasattr(type(data), name) for name in ("__iter__", "__getitem__"))
+    if isinstance(data, (str, Tensor, Mapping)) or not several:
+        raise CalibrationError(
+            f"variant '{variant}' got a {type(data).__name__} as calibration data; give a list of batches: [batch, …]"
         )
     if next(iter(data), None) is None:
         raise CalibrationError(f"variant '{variant}' got calibration data without a single batch")
@@ -55,7 +62,10 @@ def output_of(model: nn.Module, batch: Any) -> Any:
 
 
 class Accumulator:
-    """A statistic of a layer's inputs that grows row by row; `add` gets (tokens, d_in) in float32 or better."""
+    """A statistic of a layer's inputs that grows row by row; `add` gets (tokens, d_in) in float32 or better. `name` is
+    that of the layer, or of the first of those that share it."""
+
+    name = "a layer"
 
     def __init__(self) -> None:
         self.count = 0
@@ -85,11 +95,21 @@ class Moments(Accumulator):
             self._gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
 
     def second_moment(self, *, center: bool) -> Tensor:
-        """E[x xᵀ], or the covariance: (d_in, d_in) float64 on the CPU. Raises CalibrationError when no row came."""
-        if self._sum is None or self._gram is None:
-            raise CalibrationError("no row of calibration data reached the layer")
+        """E[x xᵀ], or the covariance: (d_in, d_in) float64 on the CPU. Raises CalibrationError when no row came, and
+        when it would be nothing but zero, rounding or infinity."""
+        if self._sum is None or self._gram is None or not self.count:
+            raise CalibrationError(f"no row of calibration data reached {self.name}")
         upper, mean = self._gram.double().cpu().triu() / self.count, self._sum.double().cpu() / self.count
         gram = upper + upper.triu(1).T
+        size, spread = gram.trace(), gram.trace() - mean.square().sum()
+        if not size.isfinite():
+            raise CalibrationError(f"{self.name}: inputs in the calibration data are too large to be squared")
+        if not size > 0:
+            raise CalibrationError(
+                f"{self.name}: all inputs in the calibration data are zero; give batches that the layer does see"
+            )
+        if center and not spread > ROUNDING * size:
+            raise CalibrationError(f"{self.name}: all inputs in the calibration data are the same; give other batches")
         return gram - torch.outer(mean, mean) if center else gram
 
 
@@ -152,7 +172,8 @@ class _Collector:
                 )
             return
         self.seen.append((x, target.name))
-        rows = rows_of(target.layer, x.detach()).flatten(0, -2)
+        rows = rows_of(target.layer, x.detach())
+        rows = rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
         if self.mask is not None and self.mask.numel() == len(rows):
             rows = rows[self.mask.to(rows.device).flatten().bool()]
         self.add(target, rows)
@@ -164,8 +185,11 @@ class _Collector:
         return y
 
     def add(self, target: Target, rows: Tensor) -> None:
+        if not rows.isfinite().all():
+            raise CalibrationError(f"{target.name} gets inputs with nan or inf from the calibration data")
         if target.name not in self.found:
             self.found[target.name] = self.make(target)
+            self.found[target.name].name = target.name
         self.found[target.name].add(rows.to(torch.promote_types(rows.dtype, torch.float32)))
 
 

@@ -32,7 +32,8 @@ def collect_gradients(
 
     Works on frozen, quantised and shared bases alike: the gradient is gathered as Σ ∂y xᵀ from what goes through each
     layer, and never held for the whole model in another form. A twin of the model runs, in eval mode; the model is not
-    touched. Raises CalibrationError when there is no batch, no loss, or when one does not reach a layer.
+    touched. Raises CalibrationError when there is no batch, no loss, or when one does not reach a layer, or not as a
+    finite number.
     """
     twins = Twins()
     twin = twins.of(model)
@@ -56,6 +57,8 @@ def collect_gradients(
         raise CalibrationError("collect_gradients got no batch; give attach(…, calibration_data=batches)")
     if missed := [target.name for target in targets if target.name not in found]:
         raise CalibrationError(f"no gradient of the loss reached {missed[0]} ({len(missed)} layers in all)")
+    if wrong := [name for name, gradient in found.items() if not gradient.isfinite().all()]:
+        raise CalibrationError(f"the gradient of the loss at {wrong[0]} has nan or inf ({len(wrong)} layers in all)")
     return {name: gradient / count for name, gradient in found.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...contract.errors import BrokenPlugin
+from ...contract.errors import BrokenPlugin, ModelStateError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
 from ...layers.kinds.layer_kinds import layer_device
@@ -68,8 +68,14 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
     versions = {bare: tensor._version for bare, tensor in shared.items()}
     generator = generator_for(seed, target, "init")
     given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}
-    label = f"init of variant '{target.variant.name}'"
-    if target.variant.init(given) is not None or params.keys() != before.keys():
+    label, given_so = f"init of variant '{target.variant.name}'", not_finite(params)
+    try:
+        returned = target.variant.init(given)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ModelStateError(
+            f"{label} failed on {target.name}; does its weight hold nan or inf?\n  {error}"
+        ) from error
+    if returned is not None or params.keys() != before.keys():
         raise BrokenPlugin(
             f"{label} returned something or added names to params; "
             "it fills the tensors of param_specs in place and returns None"
@@ -80,6 +86,13 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
             f"{label} wrote params['{written[0]}'], which other layers share; give it an init in ParamSpec, or fill it "
             "in group_init"
         )
+    if wrong := sorted(not_finite(params) - given_so):
+        raise ModelStateError(f"{label} made {wrong[0]} of {target.name} with nan or inf; does its weight hold any?")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of those that hold nan or inf."""
+    return {bare for bare, tensor in tensors.items() if not tensor.isfinite().all()}
 
 
 def as_made(tensors: Mapping[str, Tensor]) -> Made:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contract.errors import AdapterNameError, TargetError
+from ...contract.errors import AdapterNameError, ModelStateError, TargetError
 from ...contract.param_spec import ParamSpec
 from ...contract.target import Target
 from ..layer_hooks.putting import leaving_no_hook
 from ..records import Record
 from ..targets.experts import single
 from .declared import attribute_name, specs_for
-from .made import Made, as_made, check_in_place, make_tensors, register_tensor, zeros_for
+from .made import Made, as_made, check_in_place, make_tensors, not_finite, register_tensor, zeros_for
 
 
 def remove_tensors(target: Target) -> None:
@@ -85,8 +85,15 @@ class Making:
         targets = tuple(one for target in self.placed for one in single(target))
         given = {"model": model, "targets": targets, "cfg": record.cfg}
         with torch.no_grad(), leaving_no_hook(model, label):
-            record.variant.group_init({**given, "calibration_data": calibration_data})
+            try:
+                record.variant.group_init({**given, "calibration_data": calibration_data})
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise ModelStateError(f"{label} failed; does a weight hold nan or inf?\n  {error}") from error
         if not self.placed:
             raise TargetError(f"{label} dropped every target; nothing is left to train")
         for target, made in self.placed.items():
             check_in_place(f"{label}, on {target.name},", target.params, made)
+            if wrong := sorted(not_finite(target.params)):
+                raise ModelStateError(
+                    f"{label} made {wrong[0]} of {target.name} with nan or inf; does a weight hold any?"
+                )

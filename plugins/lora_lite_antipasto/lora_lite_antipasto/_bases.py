@@ -33,7 +33,7 @@ def check_basis(cfg: Any) -> None:
         raise ConfigError(f"{name}(power={power!r}): basis='svd' has no statistic; leave it None")
     if basis == "corda" and power not in (None, 0.5, 1):
         raise ConfigError(f"{name}(power={power!r}): basis='corda' takes 1 (as published) or 0.5 of the second moment")
-    if basis == "asvd" and power is not None and not (isinstance(power, (int, float)) and 0 < power <= 2):
+    if basis == "asvd" and power is not None and not 0 < power <= 2:
         raise ConfigError(f"{name}(power={power!r}): basis='asvd' takes a power above 0 and at most 2")
 
 

@@ -16,7 +16,7 @@ class SecondMoment(Moments):
     def scaling(self, power: float | None) -> Tensor:
         """C (d_in, d_in), or for power 0.5 its Cholesky factor: any square root gives the same triplets."""
         moment = self.second_moment(center=False)
-        C = moment / _mean(moment.diagonal()) + DAMPING * torch.eye(len(moment), dtype=moment.dtype)
+        C = moment / moment.diagonal().mean() + DAMPING * torch.eye(len(moment), dtype=moment.dtype)
         return torch.linalg.cholesky(C) if power == 0.5 else C
 
 
@@ -34,14 +34,12 @@ class Sizes(Accumulator):
     def scaling(self, power: float | None) -> Tensor:
         """A power of it, (d_in,)."""
         sizes = self.total / max(self.count, 1)
-        return (sizes / _mean(sizes) + DAMPING) ** (0.5 if power is None else power)
+        if not sizes.any():
+            raise CalibrationError(
+                f"{self.name}: all inputs in the calibration data are zero; give batches that the layer does see"
+            )
+        return (sizes / sizes.mean() + DAMPING) ** (0.5 if power is None else power)
 
 
 def statistic(d_in: int, whole: bool) -> SecondMoment | Sizes:
     return SecondMoment(d_in) if whole else Sizes(d_in)
-
-
-def _mean(values: Tensor) -> Tensor:
-    if not (mean := values.mean()) > 0:
-        raise CalibrationError("all inputs in the calibration data are zero; give batches that the layer does see")
-    return mean

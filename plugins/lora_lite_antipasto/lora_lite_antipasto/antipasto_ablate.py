@@ -52,7 +52,7 @@ class AntiPaSTOAblateConfig(RankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _bases.check_basis(self)
-        if not isinstance(self.k, int) or self.k < 1:
+        if self.k < 1:
             raise ConfigError(f"AntiPaSTOAblateConfig(k={self.k!r}): give the number of directions, at least 1")
 
 

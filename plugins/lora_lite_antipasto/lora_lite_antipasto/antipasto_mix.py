@@ -49,7 +49,7 @@ class AntiPaSTOMixConfig(RankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _bases.check_basis(self)
-        if not isinstance(self.k, int) or self.k < 1:
+        if self.k < 1:
             raise ConfigError(f"AntiPaSTOMixConfig(k={self.k!r}): the mixing matrix has a rank of at least 1")
 
 

@@ -117,6 +117,15 @@ def test_the_ablation_is_a_contraction_wherever_its_numbers_are() -> None:
     torch.testing.assert_close(values, torch.tensor([0, 0, 0.5, 1, 1, 1, 1, 1]).double(), rtol=0, atol=1e-10)
 
 
+def test_a_layer_that_is_ablated_wholly_is_merged() -> None:
+    """What it puts out is rounding alone, in which no matrix is found."""
+    model = nn.Sequential(nn.Linear(1, 6, bias=False)).double()
+    ll.attach(model, config("antipasto_ablate", r=1, k=1))
+    model[0].lora_a.data.fill_(1.0)
+    ll.merge(model)
+    assert float(model[0].weight.detach().abs().max()) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("value", "gradient", "expected"),
     [(0.5, 2.0, 2.0), (-0.1, 2.0, 0.0), (-0.1, -2.0, -2.0), (1.1, -2.0, 0.0), (1.1, 2.0, 2.0), (0.0, 2.0, 2.0)],

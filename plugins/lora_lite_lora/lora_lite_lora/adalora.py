@@ -11,7 +11,7 @@ which stay. Every `interval` steps triplets are chosen; λ of the others becomes
 parameters, twice as many numbers for the scores (saved, so that training goes on from a file without a jump),
 r (d_in + d_out) multiply-accumulates per token.
 
-Zhang, Chen, Bukharin, He, Cheng, Chen, Zhao: AdaLoRA, 2023 (ICLR), arXiv:2303.10512.
+Zhang, Chen, Bukharin, Karampatziakis, He, Cheng, Chen, Zhao: AdaLoRA, 2023 (ICLR), arXiv:2303.10512.
 """
 
 from __future__ import annotations

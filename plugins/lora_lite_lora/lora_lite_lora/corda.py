@@ -82,7 +82,7 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: CorDAConfig, 
     moments = collect_inputs(model, targets, batches, lambda target: Moments(target.d_in), shared=True)
     for target in targets:
         C = moments[target.name].second_moment(center=False)
-        C = C / C.diagonal().mean().clamp_min(1e-30) + 0.01 * torch.eye(len(C), dtype=C.dtype)
+        C = C / C.diagonal().mean() + 0.01 * torch.eye(len(C), dtype=C.dtype)
         W = dense_weight(target.layer).to(C)
         U, S, Vh = truncated_svd(W @ C, target.cfg.r, torch.Generator().manual_seed(0), smallest=cfg.mode == "kpm")
         root = (S / target.cfg.scale).sqrt()

@@ -46,7 +46,7 @@ class GraLoRAConfig(DropoutConfig):
         super().__post_init__()
         for name, least in (("k", 1), ("hybrid_r", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if value < least:
                 raise ConfigError(f"GraLoRAConfig({name}={value!r}): it is a whole number of at least {least}")
         for r in (self.r, *self.rank_pattern.values()):
             if r % self.k:

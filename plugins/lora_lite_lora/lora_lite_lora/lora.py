@@ -41,6 +41,7 @@ class LoRAConfig(DropoutConfig):
     rslora    scale by alpha / √r instead of alpha / r: the update keeps its size when r grows
     freeze_a  train B alone (LoRA-FA): half the optimizer state, and r instead of d_in activations kept per token
     init      how A starts: "kaiming_uniform", "gaussian" with a deviation of 1/r, or "orthogonal" rows of length 1
+              (columns, where r is above d_in)
     """
 
     variant = "lora"

@@ -7,22 +7,20 @@
 The two are equal, but here the weight is never written. A0 (r, d_in) and B0 (d_out, r) are frozen, dA and dB trained
 from zero, which makes step 0 the identity; dropout acts on what is learnt alone. The gradient is the mean over the
 calibration batches; its loss is the model's own where batches hold labels, else that of the next token of `input_ids`,
-else the mean square of the output. Reads nothing of the weight itself, but the directions are those of this base: a
-file fits no other. r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token. In PEFT's folders it
-is written as a LoRA of rank 2r on the base as it is, which is what PEFT's own conversion makes.
+padding left out, else the mean square of the output. Reads nothing of the weight itself, but the directions are those
+of this base: a file fits no other. r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token. In
+PEFT's folders it is written as a LoRA of rank 2r on the base as it is, which is what PEFT's own conversion makes.
 
 Wang, Yu, Li: LoRA-GA: Low-Rank Adaptation with Gradient Approximation, 2024 (NeurIPS), arXiv:2407.05000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_lite_core import (
     ConfigError,
@@ -30,8 +28,6 @@ from lora_lite_core import (
     ParamSpec,
     Target,
     TargetError,
-    calibration_batches,
-    collect_gradients,
     dropped,
     hookimpl,
     lowrank_delta,
@@ -40,6 +36,7 @@ from lora_lite_core import (
 )
 
 from . import _peft_offsets
+from ._first_gradient import first_gradients
 
 BENCH = {"lr": 5e-3}
 
@@ -76,19 +73,12 @@ def param_specs(d_in: int, d_out: int, cfg: LoRAGAConfig) -> dict[str, ParamSpec
 
 @hookimpl
 def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: LoRAGAConfig, calibration_data: Any) -> None:
-    gradients = collect_gradients(model, targets, calibration_batches(calibration_data, "lora_ga"), loss=loss_of)
+    gradients = first_gradients(model, targets, calibration_data, "lora_ga")
     for target in targets:
         r, zeta = target.cfg.r, target.d_out**0.25 / cfg.gamma**0.5
         U, _, Vh = truncated_svd(gradients[target.name], 2 * r, torch.Generator().manual_seed(0))
         target.params["lora_A0"].copy_(zeta * Vh[:r])
         target.params["lora_B0"].copy_(zeta * U[:, r:])
-
-
-def loss_of(output: Any, batch: Any) -> Tensor:
-    loss, logits = getattr(output, "loss", None), getattr(output, "logits", output)
-    if loss is None and isinstance(batch, Mapping) and "input_ids" in batch:
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
-    return logits.float().square().mean() if loss is None else loss
 
 
 @hookimpl

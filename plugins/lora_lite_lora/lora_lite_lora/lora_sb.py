@@ -7,8 +7,8 @@ B (d_out, r) and A (r, d_in) are frozen and orthonormal, R (r, r) is trained. �
 with the rate η; the authors start there, at its best approximation of rank r. By default η (`first_step`) is 0: R
 starts as zeros and step 0 is the identity; R has a gradient all the same, s Bᵀ (∂ loss / ∂ W) Aᵀ. The gradient is the
 mean over the calibration batches; its loss is the model's own where batches hold labels, else that of the next token of
-`input_ids`, else the mean square of the output. A file fits its base alone. r² parameters, r (d_in + d_out + r)
-multiply-accumulates per token.
+`input_ids`, padding left out, else the mean square of the output. A file fits its base alone. r² parameters, r (d_in +
+d_out + r) multiply-accumulates per token.
 
 Ponkshe, Singhal, Gorbunov, Tumanov, Horvath, Vepakomma: Initialization using Update Approximation is a Silver Bullet
 for Extremely Efficient Low-Rank Fine-Tuning, 2024, arXiv:2411.19557.
@@ -16,7 +16,6 @@ for Extremely Efficient Low-Rank Fine-Tuning, 2024, arXiv:2411.19557.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +29,14 @@ from lora_lite_core import (
     ParamSpec,
     Target,
     TargetError,
-    calibration_batches,
-    collect_gradients,
     dropped,
     hookimpl,
     project,
     sketch,
     truncated_svd,
 )
+
+from ._first_gradient import first_gradients
 
 BENCH = {"lr": 2e-2}
 
@@ -76,20 +75,13 @@ def param_specs(d_in: int, d_out: int, cfg: LoRASBConfig) -> dict[str, ParamSpec
 
 @hookimpl
 def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: LoRASBConfig, calibration_data: Any) -> None:
-    gradients = collect_gradients(model, targets, calibration_batches(calibration_data, "lora_sb"), loss=loss_of)
+    gradients = first_gradients(model, targets, calibration_data, "lora_sb")
     for target in targets:
         step, r = -gradients[target.name].sign(), target.cfg.r
         U, S, Vh = truncated_svd(step, r, torch.Generator().manual_seed(0))
         target.params["lora_A"].copy_(Vh)
         target.params["lora_B"].copy_(U)
         target.params["lora_R"].copy_(torch.diag(cfg.first_step / target.cfg.scale * S))
-
-
-def loss_of(output: Any, batch: Any) -> Tensor:
-    loss, logits = getattr(output, "loss", None), getattr(output, "logits", output)
-    if loss is None and isinstance(batch, Mapping) and "input_ids" in batch:
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
-    return logits.float().square().mean() if loss is None else loss
 
 
 @hookimpl

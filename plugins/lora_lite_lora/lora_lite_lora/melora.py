@@ -39,7 +39,7 @@ class MELoRAConfig(DropoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+        if self.n < 1:
             raise ConfigError(f"MELoRAConfig(n={self.n!r}): a number of LoRAs is a whole number of at least 1")
 
 

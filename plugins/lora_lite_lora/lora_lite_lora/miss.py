@@ -7,8 +7,8 @@
 x_k is the k-th shard of r inputs, the last one filled with zeros; y_j in bat the j-th shard of r outputs, W_jk the r ×
 r block of the weight between them, D_j an r × r matrix. D (d_out, r) starts as zeros, which makes step 0 the identity,
 and is all that is trained; it is multiplied by alpha / r where alpha is given. Needs nothing of the base, but bat the
-dense weight in every call, and an r that divides d_in and d_out. d_out r parameters (mini: mini_r r). d_out r
-multiply-accumulates and d_in additions per token, bat d_in d_out and r times that per call.
+dense weight in every call, and an r that divides d_in and d_out. d_out r parameters (mini: mini_r r), as many
+multiply-accumulates and d_in additions per token; bat d_in d_out, and r times that per call.
 
 Kang, Yin: MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, 2024, arXiv:2409.15371.
 The first versions call it Bone.
@@ -48,7 +48,7 @@ class MiSSConfig(DropoutConfig):
         super().__post_init__()
         if self.mode not in MODES:
             raise ConfigError(f"MiSSConfig(mode={self.mode!r}): the modes are {', '.join(map(repr, MODES))}")
-        if not isinstance(self.mini_r, int) or isinstance(self.mini_r, bool) or self.mini_r < 1:
+        if self.mini_r < 1:
             raise ConfigError(f"MiSSConfig(mini_r={self.mini_r!r}): it is a whole number of at least 1")
         if self.mode == "bat" and self.dropout:
             raise ConfigError(

@@ -41,9 +41,9 @@ class MoLoRAConfig(DropoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.experts, int) or isinstance(self.experts, bool) or self.experts < 1:
+        if self.experts < 1:
             raise ConfigError(f"MoLoRAConfig(experts={self.experts!r}): it is a whole number of at least 1")
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or not 0 <= self.top_k <= self.experts:
+        if not 0 <= self.top_k <= self.experts:
             raise ConfigError(f"MoLoRAConfig(top_k={self.top_k!r}): from 1 to experts={self.experts}, or 0 for all")
 
 
@@ -64,8 +64,8 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: MoLoRAConfig, 
     logits = project(x, params["lora_G"])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if 0 < cfg.top_k < cfg.experts:
-        least = logits.topk(cfg.top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        best = logits.topk(cfg.top_k, -1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     hidden = project(dropped(x, cfg, training), params["lora_A"])
     shares = (logits.softmax(-1) * cfg.scale).to(hidden.dtype)
     hidden = (hidden.unflatten(-1, (cfg.experts, cfg.r)) * shares[..., None]).flatten(-2)

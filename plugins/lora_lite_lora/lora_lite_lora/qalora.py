@@ -47,7 +47,7 @@ class QALoRAConfig(DropoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
+        if self.group_size < 1:
             raise ConfigError(f"QALoRAConfig(group_size={self.group_size!r}): it is a whole number of at least 1")
 
 

@@ -4,7 +4,8 @@
 
 E₀ (rows, width) are the rows at attach, frozen and saved, so that a file holds for bases whose new rows were drawn
 anew; Δ starts as zeros, hence the identity at step 0. Both are one tensor for the embedding and the heads tied to it,
-which stay tied. On any other linear layer, rows are those of its weight. Half of the numbers are trained. The peft
+which stay tied. On any other linear layer, rows are those of its weight. rows · width parameters, and as many frozen
+numbers; on an embedding no multiply-accumulates, on a head or another linear layer rows · width per token. The peft
 package has it as TrainableTokensConfig, and beside LoRA as `trainable_token_indices`.
 """
 
@@ -31,7 +32,7 @@ class TrainableTokensConfig(AdapterConfig):
 
     rows          ids of the tokens to train, as those that `tokenizer.add_tokens` has made
     tied          leave out layers whose weight is not the embedding's; False gives every layer rows of its own
-    target_names  by default the usual names of token embeddings and of heads
+    target_names  by default the usual names of token embeddings and of heads, of which exclude_names leaves out none
     """
 
     variant = "trainable_tokens"

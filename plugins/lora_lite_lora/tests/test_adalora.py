@@ -100,7 +100,7 @@ def test_penalty() -> None:
 def test_budget_and_scores_written_out() -> None:
     """Twenty steps beside a slow account of them: which triplets have the best scores, and how many may stay."""
     model = net(torch.float64)
-    adapter = ll.attach(model, ll.AdaLoRAConfig(r=4, **{**SCHEDULE, "interval": 3}))
+    adapter = ll.attach(model, ll.AdaLoRAConfig(r=4, beta1=0.7, beta2=0.9, **{**SCHEDULE, "interval": 3}))
     layers = list(adapter.layers().values())
     state: dict[Any, tuple[Tensor, Tensor]] = {}
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=5e-2)
@@ -115,8 +115,8 @@ def test_budget_and_scores_written_out() -> None:
             for name in ("lora_P", "lora_l", "lora_Q"):
                 now = (before[i][name] * target.params[name].grad).abs()
                 mean, unsure = state.get((i, name), (torch.zeros_like(now),) * 2)
-                mean = 0.85 * mean + 0.15 * now
-                unsure = 0.85 * unsure + 0.15 * (now - mean).abs()
+                mean = 0.7 * mean + 0.3 * now
+                unsure = 0.9 * unsure + 0.1 * (now - mean).abs()
                 state[i, name], each[name] = (mean, unsure), mean * unsure
             for k in range(4):
                 scores.append(each["lora_l"][k] + each["lora_P"][:, k].mean() + each["lora_Q"][k].mean())

@@ -36,6 +36,17 @@ def test_formula(top_k: int) -> None:
     assert_same(layer, x, expected, p, 1e-10)
 
 
+def test_experts_that_are_as_good_are_not_all_used() -> None:
+    """In bfloat16 two logits are equal now and then: top_k experts are used all the same."""
+    layer, x = filled(ll.LoraLiteConfig(variant="molora", r=4, experts=3, top_k=1))
+    layer.lora_G.data[:] = layer.lora_G.data[0]
+    p = {name: getattr(layer, name).detach() for name in ("lora_A", "lora_B")}
+    parts = [slice(4 * e, 4 * e + 4) for e in range(3)]
+    each = torch.stack([x @ (p["lora_B"][:, part] @ p["lora_A"][part]).T for part in parts])
+    change = layer(x) - x @ layer.weight.T - layer.bias
+    assert ((change - each).abs().amax(-1) < 1e-10).sum(0).tolist() == [1] * len(x)
+
+
 def test_equal_experts_are_one_lora() -> None:
     """Whatever the router says: its shares are 1 together."""
     layer, x = filled(ll.LoraLiteConfig(variant="molora", r=4, experts=3))

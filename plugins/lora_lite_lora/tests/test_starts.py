@@ -205,6 +205,53 @@ def test_the_loss_is_the_models_own_or_the_next_tokens() -> None:
     torch.testing.assert_close(starts[0].detach(), starts[1].detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lora_ga", "lora_sb"])
+def test_padding_is_no_part_of_the_loss(name: str) -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(11, 12).double(), linear(12, 11)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(self.table(input_ids))
+
+    ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:2, 4:] = 0
+    starts = []
+    for filler in (0, 7):
+        torch.manual_seed(0)
+        model, cfg = Language(), ll.LoraLiteConfig(variant=name, r=2, target_names=("layer",))
+        batch = {"input_ids": ids.where(mask == 1, filler), "attention_mask": mask}
+        p = ll.attach(model, cfg, calibration_data=[batch]).layers()["layer"].params
+        starts.append(p["lora_A0" if name == "lora_ga" else "lora_A"].detach())
+    torch.testing.assert_close(*starts, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lora_ga", "lora_sb"])
+def test_a_gradient_without_a_direction_is_an_error(name: str) -> None:
+    """Its singular vectors would be as they come."""
+    model = nn.Sequential(linear(12, 12), nn.ReLU(), linear(12, 8))
+    model[0].bias.data.fill_(-1e6)
+    with pytest.raises(
+        ll.CalibrationError, match=r"the gradient of the loss at 2 is zero .* \(2 layers in all\); give"
+    ):
+        put(model, name, [draw(6, 30, 12)])
+
+
+def test_a_weight_that_is_not_finite_has_no_context() -> None:
+    model = nn.Sequential(linear(12, 8))
+    model[0].weight.data[2, 3] = float("inf")
+    with pytest.raises(ll.ModelStateError, match="group_init of variant 'corda' .*does a weight hold"):
+        put(model, "corda", [draw(6, 30, 12)])
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+def test_corda_of_nothing_is_an_error() -> None:
+    with pytest.raises(ll.CalibrationError, match="0: all inputs in the calibration data are zero"):
+        put(nn.Sequential(linear(12, 8)), "corda", [torch.zeros(30, 12).double()])
+
+
 # The peft package.
 
 X = draw(9, 7, 12, dtype=torch.float32)

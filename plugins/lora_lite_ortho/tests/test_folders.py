@@ -116,7 +116,7 @@ def edited(folder: Path, **fields: Any) -> Path:
         ("oft", {"peft_version": "0.17.1"}, r"peft_version='0.17.1': PEFT's series was another one before 0.18.0"),
         ("oft", {"peft_version": None}, r"use_cayley_neumann=True with peft_version=None: PEFT's series was another"),
         ("oft", {"num_cayley_neumann_terms": 1}, r"OFTConfig\(terms=1\): a series that turns has at least 2 terms"),
-        ("oft", {"coft": True, "eps": None}, r"OFTConfig\(eps=None\): the bound on Q is a number above 0"),
+        ("oft", {"coft": True, "eps": None}, r"OFTConfig\(eps=None\): eps is a finite number"),
         ("oft", {"block_share": True}, r"lora_q"),
         ("boft", {"boft_block_size": 8}, r"boft_R holds 4 blocks of 4, but boft_block_size=8 and boft_block_num=0"),
         ("boft", {"bias": "boft_only"}, r"bias='boft_only' is not what this variant computes"),

@@ -19,7 +19,7 @@ def check_rotations(cfg: Any) -> None:
     for field, allowed in CHOICES.items():
         if getattr(cfg, field) not in allowed:
             raise ConfigError(f"{name}({field}={getattr(cfg, field)!r}): give one of {', '.join(allowed)}")
-    if not isinstance(cfg.block_size, int) or cfg.block_size < 2:
+    if cfg.block_size < 2:
         raise ConfigError(f"{name}(block_size={cfg.block_size!r}): a rotation needs at least 2")
     for r in (cfg.r, *cfg.rank_pattern.values()):
         if r % cfg.block_size:

@@ -77,5 +77,9 @@ def select_triplets(model: nn.Module, targets: tuple[Target, ...], select: str, 
             excitation = ((Vh @ moment) * Vh).sum(1).clamp_min(0).sqrt()
         else:
             excitation = seen.total / seen.count
+        if not excitation.max() > 0:
+            raise CalibrationError(
+                f"{target.name}: all inputs in the calibration data are zero; give batches that the layer does see"
+            )
         kept = (S * excitation).topk(target.cfg.r).indices.sort().values
         copy_triplets(target.params, (U[:, kept], S[kept], Vh[kept]))

@@ -27,6 +27,7 @@ from lora_lite_core import (
     Moments,
     ParamSpec,
     Target,
+    TargetError,
     calibration_batches,
     collect_inputs,
     dropped,
@@ -51,10 +52,8 @@ class EVAConfig(DropoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rho >= 1:
-            raise ConfigError(
-                f"EVAConfig(rho={self.rho!r}): a layer may get at least its own r directions; rho is from 1"
-            )
+        if self.rho < 1:
+            raise ConfigError(f"EVAConfig(rho={self.rho!r}): a layer may get its own r directions; rho is from 1")
 
 
 Config = EVAConfig
@@ -62,6 +61,8 @@ Config = EVAConfig
 
 @hookimpl
 def param_specs(d_in: int, d_out: int, cfg: EVAConfig) -> dict[str, ParamSpec]:
+    if cfg.r > d_in:
+        raise TargetError(f"EVAConfig(r={cfg.r}) on a layer {d_in} → {d_out}: r is at most {d_in}")
     return {"lora_A": ParamSpec((cfg.r, d_in)), "lora_B": ParamSpec((d_out, cfg.r))}
 
 
@@ -95,5 +96,4 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: EVAConfig, ca
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: EVAConfig, training: bool) -> Tensor:
-    x = dropped(x, cfg, training)
-    return lowrank_delta(x, params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)
+    return lowrank_delta(dropped(x, cfg, training), params["lora_A"], params["lora_B"], cfg.scale).to(y.dtype).add_(y)

@@ -148,3 +148,17 @@ def test_a_layer_may_lose_its_adapter() -> None:
 def test_rho_below_one() -> None:
     with pytest.raises(ll.ConfigError, match=r"EVAConfig\(rho=0.5\)"):
         ll.EVAConfig(rho=0.5)
+
+
+def test_a_rank_that_the_inputs_do_not_have() -> None:
+    with pytest.raises(ll.TargetError, match=r"EVAConfig\(r=25\) on a layer 24 → 16: r is at most 24"):
+        ll.attach(model(), ll.EVAConfig(r=25, target_names=("q_proj",)), calibration_data=data())
+    m = model()
+    ll.attach(m, ll.EVAConfig(r=24, rho=3.0, target_names=("q_proj",)), calibration_data=data())
+    A = m.q_proj.lora_A.detach()
+    torch.testing.assert_close(A @ A.T, torch.eye(24), rtol=0, atol=1e-4)
+
+
+def test_inputs_that_do_not_vary_have_no_directions() -> None:
+    with pytest.raises(ll.CalibrationError, match="q_proj: all inputs in the calibration data are the same"):
+        ll.attach(model(), ll.EVAConfig(r=2), calibration_data=[torch.full((2, 6, D), 0.7)])

@@ -123,7 +123,10 @@ def test_svft_mixes_singular_vectors(width: int, r: int | None, sizes: tuple[int
 def test_spectral_adapter_trains_singular_vectors(sizes: tuple[int, int]) -> None:
     layer, x = made(ll.SpectralConfig(r=4), sizes)
     U, S, Vh = layer.lora_U.detach(), layer.lora_S.detach(), layer.lora_Vh.detach()
-    torch.testing.assert_close(S, triplets(layer)[1][:4], rtol=0, atol=1e-9)
+    exact = triplets(layer)
+    torch.testing.assert_close(S, exact[1][:4], rtol=0, atol=1e-9)
+    torch.testing.assert_close((U * S) @ Vh, (exact[0][:, :4] * exact[1][:4]) @ exact[2][:4], rtol=0, atol=1e-9)
+    torch.testing.assert_close(U.T @ U, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-9)
     names = {name: getattr(layer, name).detach().clone().requires_grad_() for name in ("lora_dU", "lora_dV")}
     weight = layer.weight - (U * S) @ Vh + ((U + names["lora_dU"]) * S) @ (Vh + names["lora_dV"])
     assert_same(layer, x, F.linear(x, weight, layer.bias), names, 1e-11)

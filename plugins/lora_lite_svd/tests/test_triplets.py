@@ -23,7 +23,14 @@ def cayley(T: Tensor, b: int) -> Tensor:
 
 
 def frozen(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.lora_U.detach(), layer.lora_S.detach(), layer.lora_Vh.detach()
+    """U, S, Vh as the layer has them: the largest triplets of its weight, up to signs."""
+    U, S, Vh = layer.lora_U.detach(), layer.lora_S.detach(), layer.lora_Vh.detach()
+    exact, r = torch.linalg.svd(layer.weight.detach(), full_matrices=False), len(S)
+    torch.testing.assert_close(S, exact.S[:r], rtol=0, atol=1e-10)
+    turned = (U.T @ exact.U[:, :r]).diagonal().sign()
+    torch.testing.assert_close(U * turned, exact.U[:, :r], rtol=0, atol=1e-8)
+    torch.testing.assert_close(Vh * turned[:, None], exact.Vh[:r], rtol=0, atol=1e-8)
+    return U, S, Vh
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,12 +59,12 @@ def test_ssvd(r: int) -> None:
 
 
 @pytest.mark.parametrize("rotate_basis", ["V", "U", "both", "none"])
-@pytest.mark.parametrize("b", [2, 4, 8])
-def test_antipasto(rotate_basis: str, b: int) -> None:
-    layer, x = filled(ll.AntiPaSTOConfig(r=8, block_size=b, rotate_basis=rotate_basis))
+@pytest.mark.parametrize(("b", "angle"), [(2, 0.5), (4, 0.5), (4, 1.3), (8, 3.0)])
+def test_antipasto(rotate_basis: str, b: int, angle: float) -> None:
+    layer, x = filled(ll.AntiPaSTOConfig(r=8, block_size=b, rotate_basis=rotate_basis, max_rotation_angle=angle))
     U, S, Vh = frozen(layer)
     names = {"lora_dS": layer.lora_dS.detach().clone().requires_grad_()}
-    limit, rotations = 2 * math.tan(0.25), {}
+    limit, rotations = 2 * math.tan(angle / 2), {}
     for side in "VU":
         rotations[side] = torch.eye(8, dtype=torch.float64)
         if hasattr(layer, f"lora_T{side}"):
@@ -172,6 +179,27 @@ def test_selection_and_data_must_fit() -> None:
         ll.attach(model, ll.AntiPaSTOConfig(r=4), calibration_data=calibration())
     with pytest.raises(ll.CalibrationError, match="variant 'antipasto' needs calibration data"):
         ll.attach(model, ll.AntiPaSTOConfig(r=4, select="rms"))
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("select", ["rms", "mean_abs"])
+def test_a_selection_by_nothing_is_an_error(select: str) -> None:
+    with pytest.raises(ll.CalibrationError, match="0: all inputs in the calibration data are zero"):
+        ll.attach(
+            nn.Sequential(nn.Linear(D_IN, D_OUT)),
+            ll.AntiPaSTOConfig(r=4, select=select),
+            calibration_data=[torch.zeros(9, D_IN)],
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["antipasto", "kasa", "lora_xs", "olora", "pissa", "spectral", "ssvd", "svf", "svft"])
+def test_a_weight_that_is_not_finite_is_named(name: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT))
+    model[0].weight.data[2, 3] = value
+    cfg = ll.LoraLiteConfig(variant=name, **({} if name == "svf" else {"r": 4}))
+    with pytest.raises(ll.ModelStateError, match=rf"init of variant '{name}' .* 0.* does its weight hold (nan|any)"):
+        ll.attach(model, cfg)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 
 

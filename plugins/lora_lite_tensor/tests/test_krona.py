@@ -62,5 +62,5 @@ def test_start_and_refusals() -> None:
         ll.attach(model, ll.KronAConfig(a2=5), name="other")
     with pytest.raises(ll.ConfigError, match=r"KronAConfig\(a2=0\): a whole number of at least 1, or None"):
         ll.KronAConfig(a2=0)
-    with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=None\): a number"):
+    with pytest.raises(ll.ConfigError, match=r"KronAConfig\(scaling=None\): scaling is a finite number"):
         ll.KronAConfig(scaling=None)  # type: ignore[arg-type]

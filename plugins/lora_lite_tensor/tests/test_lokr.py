@@ -82,5 +82,5 @@ def test_tokens() -> None:
 
 def test_factors_that_are_none() -> None:
     for wrong in (0, -2, 2.0):
-        with pytest.raises(ll.ConfigError, match=rf"decompose_factor={wrong}\): a whole number from 1, or -1"):
+        with pytest.raises(ll.ConfigError, match=rf"decompose_factor={wrong}\): .*a whole number"):
             ll.LoKrConfig(decompose_factor=wrong)  # type: ignore[arg-type]

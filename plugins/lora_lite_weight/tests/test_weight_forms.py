@@ -257,7 +257,7 @@ def test_hira_of_a_scaled_embedding_follows_its_rows() -> None:
         ("deft", {"decomposition": "lu"}, "DEFTConfig(decomposition='lu'): give one of relu, qr"),
         ("peanut", {"depth": -1}, "PEANuTConfig(depth=-1): give a number of encoders, from 0"),
         ("peanut", {"scale": 0}, "PEANuTConfig(scale=0): the scale is a number above 0"),
-        ("peanut", {"scale": "1"}, "PEANuTConfig(scale='1'): the scale is a number above 0"),
+        ("peanut", {"scale": "1"}, "PEANuTConfig(scale='1'): scale is a finite number"),
         ("hira", {"dropout": "0.1"}, "HiRAConfig(dropout='0.1'): dropout is a number from 0 to below 1"),
         ("glora", {"weight": "full"}, "GLoRAConfig(weight='full'): give one of lora, vector, constant, none"),
         ("glora", {"prompt": "constant"}, "GLoRAConfig(prompt='constant'): give one of lora, vector, none"),
