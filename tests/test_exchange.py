@@ -135,7 +135,7 @@ def test_conv1d(tmp_path: Path) -> None:
     torch.testing.assert_close(opened_by_peft(base, tmp_path / "ours"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pissa_of_peft_only_in_converted_form(tmp_path: Path) -> None:
+def test_pissa_of_peft_in_converted_form(tmp_path: Path) -> None:
     base = llama()
     torch.manual_seed(0)
     model = peft.get_peft_model(
@@ -148,12 +148,6 @@ def test_pissa_of_peft_only_in_converted_form(tmp_path: Path) -> None:
         if p.requires_grad:
             p.data.add_(0.03 * torch.randn_like(p))
     expected = logits(model)
-    model.save_pretrained(tmp_path / "raw")
-    with pytest.raises(
-        ll.AdapterFileError,
-        match=r"init_lora_weights='pissa' in adapter_config.json: these factors belong to a base that PEFT has changed",
-    ):
-        ll.import_peft(copy.deepcopy(base), tmp_path / "raw")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     ours = copy.deepcopy(base)
     assert ll.import_peft(ours, tmp_path / "converted").cfg.r == 8
@@ -233,16 +227,6 @@ def test_forms_that_peft_does_not_have(tmp_path: Path) -> None:
     ll.attach(transposed, ll.HRAConfig(r=2))
     with pytest.raises(ll.MergeError, match="PEFT's HRA takes nn.Linear layers, not a Conv1D"):
         ll.export_peft(transposed, tmp_path / "out")
-
-
-def test_dora_of_a_changed_base_is_refused(tmp_path: Path) -> None:
-    base = llama()
-    cfg = peft.LoraConfig(r=4, use_dora=True, target_modules=LINEAR, init_lora_weights="pissa")
-    saved_by_peft(base, cfg, tmp_path / "theirs")
-    with pytest.raises(
-        ll.AdapterFileError, match="init_lora_weights='pissa' in adapter_config.json: these factors belong to a base"
-    ):
-        ll.import_peft(base, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", ["ia3", "dora", "road_1"])

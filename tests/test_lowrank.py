@@ -141,3 +141,24 @@ def test_cayley_in_two_dimensions_turns_by_twice_the_arc_tangent() -> None:
     R = ll.cayley_offset(ll.skew(torch.tensor([0.5], dtype=torch.float64), 2)) + torch.eye(2, dtype=torch.float64)
     angle = 2 * torch.atan(torch.tensor(0.5, dtype=torch.float64))
     torch.testing.assert_close(R, torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).reshape(2, 2))
+
+
+@pytest.mark.parametrize("by", ["svd", "qr"])
+def test_factors_that_a_product_starts_from(by: str) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(7, 5, dtype=torch.float64)
+    W = layer.weight.detach().clone()
+    U, S, Vh = torch.linalg.svd(W)
+    Q, R = torch.linalg.qr(W)
+    expected = (U[:, :3] * S[:3]) @ Vh[:3] / 2 if by == "svd" else Q[:, :3] @ R[:3]
+    A, B = torch.randn(3, 7), torch.randn(5, 3)
+    A0, B0 = ll.start_factors(layer, A, B, 2.0, by)
+    torch.testing.assert_close(B0 @ A0, expected, rtol=0, atol=1e-12)
+    assert bool(((A * A0).sum(1) + (B * B0).sum(0) > 0).all()), "the nearer signs"
+    assert torch.equal(layer.weight, W)
+    with pytest.raises(ll.ConfigError, match="a scale of 0: the start is divided by its root"):
+        ll.start_factors(layer, A, B, 0.0, by)
+    with pytest.raises(
+        ll.ConfigError, match=r"A \(6, 7\) and B \(5, 3\) are not of the start's shapes, \(5, 7\) and \(5, 5\)"
+    ):
+        ll.start_factors(layer, torch.randn(6, 7), B, 1.0, by)

@@ -300,11 +300,11 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "dropout of 2": ("lora", fields(lora_dropout=2), "lora_dropout=2 in adapter_config.json: it is a number from 0 to 1"),
     "bias": ("lora", fields(bias="lora_only"), "bias='lora_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.q_proj.bias"),
     "lora_bias": ("lora", fields(lora_bias=True), "lora_bias=True is more than a low-rank product"),
-    "qalora: not of sums": ("lora", fields(use_qalora=True, qalora_group_size=4), r"its tensors are {'lora_A': \(2, 8\), .* for qalora"),
-    "qalora: no group": ("lora", fields(use_qalora=True, qalora_group_size=0), r"QALoRAConfig\(group_size=0\): it is a whole number of at least 1"),
+    "qalora: of single inputs": ("lora", fields(use_qalora=True, qalora_group_size=4), None or ""),
+    "qalora: no group": ("lora", fields(use_qalora=True, qalora_group_size=0), None or ""),
     "alora: no ids": ("lora", fields(alora_invocation_tokens=["a"]), r"alora_invocation_tokens=\['a'\] in adapter_config.json: it is a list of token ids"),
     "alora and qalora": ("lora", fields(alora_invocation_tokens=[1], use_qalora=True), "use_qalora=True in adapter_config.json is not what variant 'alora' reads"),
-    "changed base": ("lora", fields(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' in adapter_config.json: these"),
+    "changed base": ("lora", fields(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' in adapter_config.json: PEFT draws"),
     "start is a number": ("lora", fields(init_lora_weights=3), "init_lora_weights=3 in adapter_config.json: it is true, false"),
     "mica": ("lora", fields(init_lora_weights="mica"), "init_lora_weights='mica' in adapter_config.json keeps lora_B"),
     "unknown field": ("lora", fields(lora_gamma=2), "lora_gamma=2 in adapter_config.json is not what variant 'lora' reads; it may cha"),
@@ -326,7 +326,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "hra: odd rank": ("hra", fields(r=3), "reflections start in pairs, so r must be even"),
     "hra: other rank": ("hra", fields(r=4), "for hra, which needs"),
     "hra: orthogonal": ("hra", fields(apply_GS=True), "apply_GS=True is not what this variant computes"),
-    "hra: bias": ("hra", fields(bias="hra_only"), "bias='hra_only' is not what this variant computes"),
+    "hra: bias": ("hra", fields(bias="hra_only"), "bias='hra_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.q_proj.bias"),
     "oft: flat": ("oft", put(f"{Q}.oft_R.weight", torch.ones(8)), "variant 'oft' cannot read its fields and tensors oft_R.weight: Val"),
     "oft: other blocks": ("oft", fields(oft_block_size=2), "oft_R.weight holds 2 blocks of 4, but r=0 and oft_block_size=2"),
     "oft: other count": ("oft", fields(r=4, oft_block_size=0), "oft_R.weight holds 2 blocks of 4, but r=4 and oft_block_size=0"),
@@ -348,7 +348,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "delora: no strength": ("delora", fields(delora_lambda=0), "the strength is a number above 0"),
     "delora: text": ("delora", fields(delora_lambda="15"), "delora_lambda='15' in adapter_config.json: it is a number"),
     "delora: dropout": ("delora", fields(module_dropout=0.5), "module_dropout=0.5 in adapter_config.json: variant 'delora' has no dropout"),
-    "delora: bias": ("delora", fields(bias="delora_only"), "bias='delora_only' is not what this variant computes"),
+    "delora: bias": ("delora", fields(bias="delora_only"), "bias='delora_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.q_proj.bias"),
 }  # fmt: skip
 CASES |= {
     f"{name} is set": (
@@ -364,6 +364,8 @@ HARMLESS = (
     "bomb in rank_pattern",
     "bomb in alpha_pattern",
     "ia3: bomb",
+    "qalora: of single inputs",  # a LoRA, for PEFT, too
+    "qalora: no group",
 )
 
 
@@ -376,7 +378,7 @@ def test_hostile_folders(case: str, good: dict[str, Path], tmp_path: Path) -> No
         (folder / part).write_bytes((good[method] / part).read_bytes())
     change(folder)
     error = imported(folder)
-    if case in HARMLESS:  # a pattern that selects nothing
+    if case in HARMLESS:  # a pattern that selects nothing, a field that nothing uses
         assert error is None
         return
     assert isinstance(error, ll.AdapterFileError), error

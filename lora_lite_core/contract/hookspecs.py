@@ -138,4 +138,5 @@ def from_peft(
     sizes: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The way back: fields of this variant's config and the values of `params`; None for another method's files. Raises
-    ConfigError for fields that this variant cannot represent."""
+    ConfigError for fields that this variant cannot represent. `init_lora_weights` is a name where PEFT takes
+    the start out of this layer's weight: then a variant has to read it."""

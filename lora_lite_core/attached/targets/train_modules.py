@@ -81,7 +81,10 @@ def check_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     owners = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)] if tensors else []
     for name, tensor in tensors.items():
         if shared := [other for other, key in owners if key == id(tensor) and other != name]:
-            raise TargetError(f"train_modules: {name} is also {shared[0]}, which would no longer be tied to it")
+            raise TargetError(
+                f"train_modules: {name} is also {shared[0]}, which would no longer be tied to it; untie them first: "
+                "give one of the two a copy, torch.nn.Parameter(weight.detach().clone())"
+            )
 
 
 def whole_copies(model: nn.Module, cfg: AdapterConfig) -> dict[str, Whole]:

@@ -19,6 +19,10 @@ from .config_json.fields import CONFIG, first_of
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "lora_lite_export.json"  # what our own exports say beside; PEFT and servers do not look at it
 PREFIX = "base_model.model."
+PICKLED = (
+    "; a .bin is a pickle, which is not read, because it can run any program: where you trust it, open it with PEFT "
+    "and type model.save_pretrained(folder), which writes safetensors"
+)
 MOST = 10_000_000  # bytes of a config
 
 
@@ -58,7 +62,7 @@ def _there(folder: Path, part: str) -> Path:
             found = sorted(os.listdir(folder))
         except (OSError, ValueError):
             raise AdapterFileError(f"holds no {part}: there is no such folder") from None
-        pickled = "; a .bin is a pickle, which is not read" if "adapter_model.bin" in found else ""
+        pickled = PICKLED if "adapter_model.bin" in found else ""
         raise AdapterFileError(
             f"holds no {part} (there: {first_of(found, 8)}{pickled}); give a folder that PEFT has saved"
         )

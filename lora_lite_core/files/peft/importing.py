@@ -24,16 +24,17 @@ from ...attached.targets.train_modules import check_trainable, tensors_in
 from ...contract.config import FLOAT_DTYPES, AdapterConfig
 from ...contract.errors import AdapterFileError, LoraLiteError, ModelStateError
 from ...contract.text import plain
-from ...layers.kinds.embedding import is_embedding
 from ...layers.kinds.layer_kinds import layer_device
 from ..train_modules import exact_patterns
 from .config_json.fields import check_fields, first_of
 from .config_json.selection import Selection, check_complete
 from .folder_reading import WEIGHTS, read_folder
 from .readers import Part, read_parts
+from .tensor_forms.base_tensors import without_base, without_copies
 from .tensor_forms.biases import trained_biases, with_plain_biases
 from .tensor_forms.for_all import common_tensors
 from .tensor_forms.forms import place_of_key, read_form
+from .tensor_forms.starts import check_start
 from .tensor_forms.tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
@@ -73,12 +74,14 @@ def import_peft(
 def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], dict[str, Whole]]:
     """What the folder holds by variant and layer, and of whole modules by the tensors' names in this model."""
     config, tensors = read_folder(folder, model)
-    check_fields(config, trainable)
+    check_fields(config)
+    check_start(config, trainable)
     selection = Selection(config, model)
-    tensors = with_plain_biases(tensors)
+    tensors = without_copies(with_plain_biases(tensors), selection.whole())
     whole = {**_whole_modules(selection, tensors), **trained_biases(selection, tensors)}
     common = common_tensors(tensors, model)
     own = {key: tensor for key, tensor in tensors.items() if key not in whole and key not in common}
+    own = without_base(config, own, model)
     layers = _by_layer(selection, own) if own or not common else _bare(selection)
     tied = leave_to_leaders(model, layers)
     check_complete(selection, layers)
@@ -129,9 +132,6 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
             raise AdapterFileError(
                 f"{first_of([key])} belongs to no layer of this {type(selection.model).__name__} that can be adapted"
             )
-        if name == "base_layer.weight" and is_embedding(place.layer):  # PEFT writes it beside an adapter
-            _check_same(key, place.layer.weight, tensor)
-            continue
         if layer_device(modules[path]).type == "meta":
             raise ModelStateError(f"{path} is on the meta device; load the base model's weights first")
         if tensor.dtype not in FLOATS and not ("indices" in name and tensor.dtype in WHOLE):
@@ -149,15 +149,6 @@ def _bare(selection: Selection) -> dict[str, dict[str, Tensor]]:
     """The layers of a method that keeps no tensor of its own in any of them, as Uni-LoRA."""
     adapted = selection.adapted()
     return {path: {} for path in selection.names if path in adapted and place_of(selection.model.get_submodule(path))}
-
-
-def _check_same(key: str, weight: Tensor, saved: Tensor) -> None:
-    """PEFT saves the embedding itself, too, where it is adapted or was resized."""
-    if saved.shape != weight.shape or not torch.equal(saved.to(weight), weight):
-        raise AdapterFileError(
-            f"{first_of([key])} {tuple(saved.shape)} is not this model's embedding {tuple(weight.shape)}: the adapter "
-            "was made on another one (resized, with new tokens); give the base those weights first"
-        )
 
 
 def _attach(model: nn.Module, name: str, parts: list[Part], whole: dict[str, Whole], trainable: bool) -> Adapter:

@@ -22,9 +22,10 @@ from ...discovery.name_conflicts import FIRST_PARTY, state_of
 from ...discovery.registry import get_variant, registered, variant_entries
 from ...discovery.source_reading import read_source
 from ...layers.kinds.experts import expert
-from .config_json.fields import CONFIG, Tracked, check_all_read, first_of, shown
+from .config_json.fields import BEGAN, CONFIG, IN_PEFT, Tracked, check_all_read, first_of, named, shown
 from .config_json.selection import Selection
 from .tensor_forms.for_all import TOP
+from .tensor_forms.starts import WAY_OUT, changes_weight, check_start_read, with_start
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Part:
             if spec.shared and not torch.equal(self.shared.setdefault(shared_key(spec), values[bare]), values[bare]):
                 raise AdapterFileError(
                     f"{target.name}: {bare} differs from that of another layer, and variant '{self.variant.name}' has "
-                    f"one for both, {shared_key(spec)}"
+                    f"one for both, {shared_key(spec)}\n  {IN_PEFT}"
                 )
         self.targets.append(target)
         self.values[target.name] = values
@@ -111,8 +112,9 @@ def read_parts(
     pairs = [(path, one, {**layers[path], **common}) for path in layers for one in (path, *tied.get(path, ()))]
     places = {path: place for _, path, _ in pairs if (place := layer_or_norm(selection.model, path))}
     sizes = {path: (place.d_in, place.d_out) for path, place in places.items()}
-    for leader, path, tensors in pairs:
+    for leader, path, held in pairs:
         config, place = {**selection.own(leader), "$tied": bool(tied.get(leader))}, places[path]
+        config, tensors = with_start(config, selection.model, path, place, held)
         failure: AdapterFileError | None = None
         for variant in readers:
             try:
@@ -142,11 +144,15 @@ def _ask(
     """The layer as this variant's target and its values, checked; None if the variant does not know such tensors."""
     assert variant.from_peft is not None
     try:
-        made = _made(variant.from_peft, place, tensors, {"config": config, "name": path, "sizes": sizes})
+        try:
+            made = _made(variant.from_peft, place, tensors, {"config": config, "name": path, "sizes": sizes})
+        except ConfigError as error:  # what PEFT computes and this variant does not
+            raise ConfigError(f"{error}\n  {IN_PEFT}") from error
         if made is None:
             return None
         fields, values = made
         check_all_read(config, variant.name, trainable)
+        check_start_read(config, variant.name, BEGAN in config.read)
         if ignored := [name for name in tensors if name not in tensors.read]:
             raise ConfigError(f"{first_of(ignored)} is nothing that variant '{variant.name}' reads")
         target = located(path, place, variant.Config(exclude_names=(), **fields), variant, "")
@@ -202,8 +208,9 @@ def _checked(target: Target, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unread(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readers: Readers) -> AdapterFileError:
+    hint = f"\n  with {named(BEGAN, config[BEGAN])}; {WAY_OUT}" if changes_weight(config) else ""
     broken = f"\n  left out, because they cannot be imported: {listed(readers.broken)}" if readers.broken else ""
     return AdapterFileError(
-        f"no installed variant reads peft_type {shown(config['peft_type'])} with {first_of(tensors)} ({path})\n"
-        f"  variants that read PEFT's files: {listed((variant.name for variant in readers), 20)}{broken}"
+        f"no installed variant reads peft_type {shown(config['peft_type'])} with {first_of(tensors)} ({path}){hint}\n"
+        f"  variants that read PEFT's files: {listed((variant.name for variant in readers), 20)}{broken}\n  {IN_PEFT}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +20,22 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
     return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
 
 
-def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    if config["peft_type"] != "LORA" or any(config.get(name) for name in OTHERS):
+def from_peft(
+    config: dict[str, Any], tensors: dict[str, Tensor], name: str, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    on = [one for one in OTHERS if config.get(one)]
+    if on == ["use_qalora"] and _all_inputs(config, tensors, sizes[name]):
+        on = []
+    if config["peft_type"] != "LORA" or on or isinstance(config.get("init_lora_weights"), str):
         return None
     if config.get("lora_bias"):
         raise ConfigError(f"lora_bias={config['lora_bias']!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     fields["dropout"] = config.get("lora_dropout") or 0.0
     return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}
+
+
+def _all_inputs(config: dict[str, Any], tensors: dict[str, Tensor], sizes: tuple[int, int]) -> bool:
+    """Whether A reads single inputs: on layers that are not GPTQ's PEFT makes a LoRA for use_qalora, too."""
+    A = tensors.get("lora_A.weight")
+    return config.get("qalora_group_size") != 1 and A is not None and A.shape[-1:] == sizes[:1]

@@ -27,7 +27,8 @@ def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[
     if config["peft_type"] != "ADALORA":
         return None
     r, alpha = config["init_r"], config["lora_alpha"]
-    config.get("r")  # PEFT does not use it here
+    for name in ("r", "use_rslora"):  # PEFT does not use them here
+        config.get(name)
     Q, l, P = tensors["lora_A"], tensors["lora_E"].flatten(), tensors["lora_B"]
     if r > max(Q.shape[1], len(P)):
         raise ConfigError(f"init_r={r} is more than the {max(Q.shape[1], len(P))} dimensions of the layer")

@@ -32,7 +32,8 @@ def from_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     if config["peft_type"] != "LORA" or not config.get("kasa_config"):
         return None
-    fields = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout") or 0.0}
+    grown = config["r"] ** 0.5 if config.get("use_rslora") else 1  # alpha / √r is √r alpha / r
+    fields = {"r": config["r"], "alpha": config["lora_alpha"] * grown, "dropout": config.get("lora_dropout") or 0.0}
     fields |= {name: config["kasa_config"][name] for name in ("beta", "gamma")}
     values = {ours: tensors[theirs] for ours, theirs in TRAINED.items()}
     return fields, {**values, **smallest(layer, len(values["lora_l"]), torch.Generator().manual_seed(0))}

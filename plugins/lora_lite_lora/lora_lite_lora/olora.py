@@ -8,7 +8,7 @@ holds what the first r columns of Q have of W. Both are frozen; the offsets dA a
 step 0 the identity. Dropout acts on what is learnt alone, so that the start is the identity in training, too. Reads the
 base's dense weight once, at attach; a file only fits the weights it was made on. r (d_in + d_out) parameters,
 2 r (d_in + d_out) multiply-accumulates per token. In PEFT's folders it is written as a LoRA of rank 2r on the base as
-it is, which is what PEFT's own conversion makes.
+it is, which is what PEFT's own conversion makes; folders where PEFT makes the start anew are read, too.
 
 Büyükakyüz: OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, 2024, arXiv:2406.01775.
 """
@@ -35,7 +35,7 @@ class OLoRAConfig(DropoutConfig):
 
 
 Config = OLoRAConfig
-to_peft = hookimpl(_peft_offsets.to_peft)
+to_peft, from_peft = hookimpl(_peft_offsets.to_peft), hookimpl(_peft_offsets.olora_from_peft)
 
 
 @hookimpl

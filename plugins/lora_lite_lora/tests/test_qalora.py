@@ -104,8 +104,8 @@ def test_peft_has_it_for_gptq_alone(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(D_IN, D_OUT))
     cfg = peft.LoraConfig(r=4, target_modules=["0"], use_qalora=True, qalora_group_size=4)
     peft.get_peft_model(nn.Sequential(nn.Linear(D_IN, D_OUT)), cfg).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match=r"its tensors are {'lora_A': \(4, 24\), .* for qalora, which needs"):
-        ll.import_peft(model, tmp_path / "theirs")
+    assert ll.import_peft(model, tmp_path / "theirs").record.variant.name == "lora"
+    ll.detach(model)
     ll.attach(model, ll.LoraLiteConfig(variant="qalora", r=4, group_size=4))
     with pytest.raises(ll.MergeError, match="PEFT has QA-LoRA for GPTQ layers alone"):
         ll.export_peft(model, tmp_path / "ours")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lite_core import ConfigError, MergeError
 
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -37,22 +38,29 @@ def ia3_ff_to_peft(params: dict[str, Tensor]) -> Pair:
     return {"peft_type": "IA3", "feedforward_modules": "$target_modules"}, {"ia3_l": 1 + full(params["lora_g"])[None]}
 
 
-def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], inputs: bool) -> Pair | None:
-    """PEFT writes gates of outputs as (d_out, 1) and those of inputs, in feedforward modules, as (1, d_in)."""
+def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module, inputs: bool) -> Pair | None:
+    """PEFT writes gates of outputs as (d_out, 1), of a convolution as (1, channels, 1 …), and those of inputs, in
+    feedforward modules, as (1, d_in)."""
     if config["peft_type"] != "IA3" or bool(config.get("feedforward_modules")) is not inputs:
         return None
     gate = tensors["ia3_l"]
+    if isinstance(layer, CONVOLUTIONS):
+        if inputs:
+            raise ConfigError(
+                f"of a {type(layer).__name__} PEFT gates input channels, and this variant each entry of patches"
+            )
+        gate = gate.mT
     if gate.dim() != 2 or gate.shape[0 if inputs else 1] != 1:
         raise ConfigError(f"ia3_l has the shape {tuple(gate.shape)}; feedforward_modules says {inputs} of this module")
     return {}, {"lora_g": full(gate).flatten() - 1}
 
 
-def ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    return _ia3_from_peft(config, tensors, inputs=False)
+def ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
+    return _ia3_from_peft(config, tensors, layer, inputs=False)
 
 
-def ia3_ff_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
-    return _ia3_from_peft(config, tensors, inputs=True)
+def ia3_ff_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
+    return _ia3_from_peft(config, tensors, layer, inputs=True)
 
 
 def hra_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -63,7 +71,7 @@ def hra_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
 def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
     if config["peft_type"] != "HRA":
         return None
-    refuse(config, "apply_GS", "bias")
+    refuse(config, "apply_GS")
     return {"r": config["r"]}, {"lora_U": tensors["hra_u"].mT}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lite_core import ConfigError, MergeError, skew
 
-from ._peft import Pair, full, linear_only, refuse
+from ._peft import Pair, full, linear_only
 
 
 def boft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -28,7 +28,6 @@ def boft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn
         linear_only(layer, "BOFT")
     except MergeError as error:
         raise ConfigError(str(error)) from error
-    refuse(config, "bias")
     R, s = full(tensors["boft_R"]), full(tensors["boft_s"])
     factors, count, b, _ = R.shape
     wanted = config["boft_n_butterfly_factor"]

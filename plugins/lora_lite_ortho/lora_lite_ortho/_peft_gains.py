@@ -24,9 +24,11 @@ def _gain(layer: Any) -> tuple[Tensor, Tensor]:
     where it is divided by the right one of the two.
     """
     weight = full(layer.weight.detach())
+    if weight.dim() != 1:
+        raise ConfigError(f"a {type(layer).__name__} is no norm")
     x = torch.randn(64, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(layer.weight)
     odd = full(base_forward(layer, x) - base_forward(layer, -x)) / 2
-    for gain in (weight, 1 + weight) if weight.dim() == 1 else ():
+    for gain in (weight, 1 + weight):
         held = gain != 0
         square = (odd[:, held] / gain[held]).square().mean() if bool(held.any()) else weight.new_tensor(0.0)
         if abs(float(square) - 1) < 0.05:

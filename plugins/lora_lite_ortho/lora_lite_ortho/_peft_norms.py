@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import ConfigError, MergeError, dense_weight
+from lora_lite_core import ConfigError, MergeError, dense_weight, start_factors
 
 from ._peft import Pair, full, linear_only, refuse
+
+STARTS = {"pissa": "svd", "olora": "qr"}  # of what PEFT makes A0 and B0, and takes them out of the weight
 
 
 def _norms(layer: nn.Module, dim: int) -> Tensor:
@@ -40,8 +42,17 @@ def dora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn
     if (magnitude := tensors["lora_magnitude_vector"]).shape != norms.shape:
         raise ConfigError(f"lora_magnitude_vector has the shape {tuple(magnitude.shape)}, not {tuple(norms.shape)}")
     m = magnitude.to(norms) / norms - 1
-    values = {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"], "lora_m": m}
-    return {"r": config["r"], "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}, values
+    A, B, r = tensors["lora_A.weight"], tensors["lora_B.weight"], config["r"]
+    if by := STARTS.get(str(config.get("init_lora_weights"))):
+        # s B0 A0 is out of the weight: the direction is W + s (B A − B0 A0), of rank 2r
+        A0, B0 = start_factors(layer, A, B, alpha / r, by=by)
+        alpha *= 2 * len(A) / r
+        A, B, r = torch.cat([A.to(A0), A0]), torch.cat([B.to(B0), -B0], 1), 2 * len(A)
+    return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}, {
+        "lora_A": A,
+        "lora_B": B,
+        "lora_m": m,
+    }
 
 
 def delora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -56,7 +67,6 @@ def delora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pai
 def delora_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "DELORA":
         return None
-    refuse(config, "bias")
     norms, here = full(tensors["delora_w_norm"]), _norms(layer, 0)
     if norms.shape != here.shape or not (norms.to(here) - here).norm() <= 0.01 * here.norm():
         raise ConfigError("delora_w_norm does not hold the norms of this layer's columns: it belongs to another base")

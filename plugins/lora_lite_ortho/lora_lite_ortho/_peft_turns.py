@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite_core import ConfigError, dense_weight
+from lora_lite_core import ConfigError, UnsupportedLayer, dense_weight
 
-from ._peft import Pair, full, linear_only, refuse
+from ._peft import CONVOLUTIONS, Pair, full, linear_only
 
 
 def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
@@ -26,7 +26,13 @@ def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
 def oft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "OFT":
         return None
-    refuse(config, "bias")
+    if isinstance(layer, nn.Embedding):
+        raise ConfigError("PEFT turns the table of an embedding, and this variant what is read")
+    if isinstance(layer, CONVOLUTIONS):
+        raise UnsupportedLayer(
+            f"of a {type(layer).__name__} PEFT adds turned patches up where they overlap, and not when it merges: no "
+            "variant computes that; run it with PEFT, or train on linear layers alone"
+        )
     coft, shared, terms = bool(config.get("coft")), bool(config.get("block_share")), _terms(config)
     q = tensors["oft_R.weight"]
     count, pairs = q.shape  # pairs = b (b − 1) / 2

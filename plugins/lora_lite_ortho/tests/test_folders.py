@@ -119,7 +119,11 @@ def edited(folder: Path, **fields: Any) -> Path:
         ("oft", {"coft": True, "eps": None}, r"OFTConfig\(eps=None\): eps is a finite number"),
         ("oft", {"block_share": True}, r"lora_q"),
         ("boft", {"boft_block_size": 8}, r"boft_R holds 4 blocks of 4, but boft_block_size=8 and boft_block_num=0"),
-        ("boft", {"bias": "boft_only"}, r"bias='boft_only' is not what this variant computes"),
+        (
+            "boft",
+            {"bias": "boft_only"},
+            r"bias='boft_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.self_attn.q_proj.bias",
+        ),
         ("psoft", {"ab_svd_init": "olora_init"}, r"PSOFTConfig\(start='olora'\): give 'psoft' or 'pissa'"),
         ("psoft", {"psoft_svd": "half"}, r"psoft_svd='half': PEFT has 'full' and 'lowrank'"),
         ("boft", {"boft_dropout": 0.1}, r"boft_dropout=0.1 in adapter_config.json: variant 'boft' has no dropout"),

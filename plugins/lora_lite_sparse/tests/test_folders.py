@@ -79,10 +79,6 @@ def test_sizes_that_differ_are_read_and_not_written(name: str, tmp_path: Path) -
             lambda: peft.WaveFTConfig(n_frequency=9, wavelet_family="sym4", target_modules=LAYERS),
             "the wavelets here are db1",
         ),
-        (
-            lambda: peft.C3AConfig(block_size=8, bias="c3a_only", target_modules=LAYERS),
-            "bias='c3a_only' in adapter_config.json is",
-        ),
     ],
 )
 def test_what_is_refused(config: Any, told: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ dB are trained from zero, which is why step 0 is the identity, and why weight de
 towards a base without its principal part. Under Adam without weight decay the training is that of the published form.
 Dropout acts on what is learnt alone, so that the start is the identity in training, too (in the published form it also
 drops parts of B0 A0 x). Reads the base's dense weight once, at attach; a file only fits the weights it was made on.
-r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token.
+Folders of the peft package are read. r (d_in + d_out) parameters, 2 r (d_in + d_out) multiply-accumulates per token.
 
 Meng, Wang, Zhang: PiSSA, 2024 (NeurIPS), arXiv:2404.02948. With the smallest triplets instead (smallest=True): Wang,
 Li, Wang, Chen, Chen: MiLoRA, 2024, arXiv:2406.09044.
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from lora_lite_core import DropoutConfig, ParamSpec, dropped, hookimpl, project, sketch
 
+from . import _peft
 from ._triplets import singular_triplets
 
 
@@ -40,6 +41,7 @@ class PiSSAConfig(DropoutConfig):
 
 
 Config = PiSSAConfig
+from_peft = hookimpl(_peft.pissa_from_peft)
 
 
 @hookimpl

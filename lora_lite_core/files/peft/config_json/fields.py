@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _collections_abc import dict_items, dict_values
 
 CONFIG = "adapter_config.json"
+BEGAN = "init_lora_weights"
 # What a layer's own value of a field is looked up in, by patterns.
 PER_LAYER = {
     "r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern", "delora_lambda": "lambda_pattern",
@@ -34,17 +35,22 @@ IGNORED = {
     "revision": "the base model's revision",
     "peft_version": "what wrote the folder",
     "inference_mode": "whether PEFT trains it on; here `trainable` says so",
+    "ensure_weight_tying": "ties what is trained of tied modules: in the file it is there, for each of them or for one",
     "runtime_config": "how PEFT runs",
+    "runtime_offload_base_weight": "how PEFT runs",
     "fan_in_fan_out": "whether the base's weights are transposed; each layer tells it itself, for PEFT, too",
     "init_weights": "where training began",
     "init_ia3_weights": "where training began",
     "eva_config": "where training began",
-    "corda_config": "where training began; a base that was changed for it is told by init_lora_weights",
-    "loftq_config": "where training began; a base that was changed for it is told by init_lora_weights",
-    "lora_ga_config": "where training began; a base that was changed for it is told by init_lora_weights",
+    "corda_config": "where training began",
+    "loftq_config": "where training began",
+    "lora_ga_config": "where training began",
     "megatron_core": "only with megatron_config",
     "qalora_group_size": "only with use_qalora, whose variant reads it",
 }
+IN_PEFT = (
+    "with PEFT: peft.save_as_lora(folder, model, rank=…) writes it as a LoRA, model.merge_and_unload() into the weights"
+)
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
     "megatron_config": "is for layers of Megatron",
@@ -52,9 +58,7 @@ REFUSED = {
     "monteclora_config": "samples the factors",
     "use_bdlora": "has block-diagonal factors",
     "arrow_config": "chooses between adapters at every token",
-    "ensure_weight_tying": "ties trained tensors to each other",
 }
-BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")  # starts with a name that leave the base as it is
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -165,26 +169,15 @@ class Tracked(dict[str, _V]):
         return super().values()
 
 
-def check_fields(config: Mapping[str, Any], trainable: bool) -> None:
-    """Raise AdapterFileError for what no variant could read, or not train on."""
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raise AdapterFileError for what no variant could read."""
     kinds = {**KINDS, **OF_TYPE.get(str(config.get("peft_type")), {})}
     for name, value in config.items():
         what, fits = SHARE if name.endswith("dropout") else kinds.get(name, ("", lambda _: True))
         if not fits(value):
             raise AdapterFileError(f"{named(name, value)}: it is {what}")
         if name in REFUSED and not off(value):
-            raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that")
-    start = config.get("init_lora_weights")
-    if start == "mica" and trainable:
-        raise AdapterFileError(
-            f"{named('init_lora_weights', start)} keeps lora_B as it is in training; type import_peft(…, "
-            f"trainable=False) to run the adapter, or set it to true in {CONFIG} to train both factors on"
-        )
-    if isinstance(start, str) and start not in BASE_KEPT:
-        raise AdapterFileError(
-            f"{named('init_lora_weights', start)}: these factors belong to a base that PEFT has changed; save it there "
-            "in converted form, with path_initial_model_for_weight_conversion"
-        )
+            raise AdapterFileError(f"{named(name, value)} {REFUSED[name]}; no variant here computes that; {IN_PEFT}")
 
 
 def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
@@ -192,10 +185,9 @@ def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
     known = {
         *IGNORED,
         *SELECTING,
-        *(("bias",) if dict.get(config, "peft_type") == "LORA" else ()),
         "peft_type",
         "$tied",
-        "init_lora_weights",
+        BEGAN,  # see starts.py
         *config.read,
     }
     known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
@@ -211,7 +203,8 @@ def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
                 )
         else:
             raise AdapterFileError(
-                f"{named(name, value)} is not what variant '{variant}' reads; it may change what the adapter computes"
+                f"{named(name, value)} is not what variant '{variant}' reads; it may change what the adapter computes; "
+                f"{IN_PEFT}"
             )
 
 

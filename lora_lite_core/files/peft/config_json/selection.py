@@ -78,6 +78,8 @@ class Selection:
         if path in self.tokens:
             return {"peft_type": "TRAINABLE_TOKENS", "token_indices": self.tokens[path]}
         changes: dict[str, Any] = {"trainable_token_indices": None} if self.tokens else {}
+        if "bias" in self.config:  # read already, of all layers
+            changes["bias"] = "none"
         for field, table in PER_LAYER.items():
             if field not in self.config:  # methods call their alpha by one of two names
                 continue

@@ -1,4 +1,4 @@
-"""Biases that PEFT trains beside a LoRA: `bias` in its config."""
+"""Biases that PEFT trains beside an adapter: `bias` in its config."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def with_plain_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def trained_biases(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Whole]:
     """The biases that the config says were trained, all of them or none."""
     kind = selection.config.get("bias") or "none"
-    if kind == "none" or selection.config["peft_type"] != "LORA":
+    if kind == "none":
         return {}
-    if kind not in ("all", "lora_only"):
+    if kind != "all" and not kind.endswith("_only"):  # of any name: "lora_only", "boft_only"
         raise AdapterFileError(f"{named('bias', kind)}: it is 'none', 'all' or 'lora_only'")
     held = _biases(selection.model)
-    if kind == "lora_only":
+    if kind != "all":
         adapted = selection.adapted()
         held = {name: bias for name, bias in held.items() if name.rpartition(".")[0] in adapted}
+    held = {name: bias for name, bias in held.items() if not name.startswith(tuple(f"{p}." for p in selection.whole()))}
     if missing := [name for name in held if name not in tensors]:
         raise AdapterFileError(f"{named('bias', kind)}: {WEIGHTS} lacks {first_of(missing)}")
     for name, bias in held.items():
@@ -56,8 +57,4 @@ def written_biases(model: nn.Module, names: Iterable[str], targets: Mapping[str,
 
 
 def _biases(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if "bias" in name and not name.rpartition(".")[2].startswith("lora_")
-    }
+    return {name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"}

@@ -15,7 +15,7 @@ TOP = "base_model."
 def common_tensors(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Those of a folder that belong to no layer, by the names that `from_peft` sees beside a layer's own: one of a
     kind, `base_model.vera_A`, or one for a group of layers, `base_model.frod_V.self_attn_q_proj`."""
-    own = isinstance(getattr(model, TOP[:-1], None), nn.Module)  # a module of this model has that name
+    own = TOP[:-1] in model._modules  # a module of this model has that name; transformers' models have a property of it
     return {k: t for k, t in tensors.items() if k.startswith(TOP) and not (own and "." in k[len(TOP) :])}
 
 
