@@ -114,6 +114,7 @@ from .toolbox.optimizer_groups import param_groups as param_groups
 from .toolbox.products import lowrank_delta as lowrank_delta
 from .toolbox.products import sparse_delta as sparse_delta
 from .toolbox.rotations import cayley_offset as cayley_offset
+from .toolbox.rotations import remembered as remembered
 from .toolbox.rotations import skew as skew
 from .toolbox.svd import truncated_svd as truncated_svd
 from .toolbox.training_steps import follow as follow
