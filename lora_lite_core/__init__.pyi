@@ -110,9 +110,11 @@ from .toolbox.coverage import coverage as coverage
 from .toolbox.dropout import DropoutConfig as DropoutConfig
 from .toolbox.dropout import dropped as dropped
 from .toolbox.gradients import collect_gradients as collect_gradients
-from .toolbox.lowrank import lowrank_delta as lowrank_delta
 from .toolbox.optimizer_groups import param_groups as param_groups
+from .toolbox.products import lowrank_delta as lowrank_delta
+from .toolbox.products import sparse_delta as sparse_delta
 from .toolbox.rotations import cayley_offset as cayley_offset
+from .toolbox.rotations import remembered as remembered
 from .toolbox.rotations import skew as skew
 from .toolbox.svd import start_factors as start_factors
 from .toolbox.svd import truncated_svd as truncated_svd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,18 @@ def test_peak_memory_counts_live_storages() -> None:
         view = y.T
     assert memory.peak == memory.live == 3 * one, "all three outputs are kept for backward; a view is no new memory"
     del y, view
+    assert memory.live == 0
+
+
+def test_peak_memory_counts_the_parts_of_sparse_tensors() -> None:
+    indices, values = torch.tensor([[0, 1, 2], [3, 1, 0]]), torch.ones(3)
+    with warnings.catch_warnings(), PeakMemory() as memory:
+        warnings.simplefilter("ignore")  # sparse tensors are in beta, and so on
+        pairs = torch.sparse_coo_tensor(indices, values, (4, 4))
+        assert memory.live == 0, "made of what was there before"
+        rows = torch.sparse_csr_tensor(torch.arange(4), indices[1], values, (3, 4))
+        assert memory.live == 4 * 8
+    del pairs, rows
     assert memory.live == 0
 
 

@@ -1,9 +1,13 @@
-"""Skew-symmetric matrices and the rotations that Cayley's transform makes of them."""
+"""Skew-symmetric matrices, the rotations that Cayley's transform makes of them, and not making them twice."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def skew(entries: Tensor, b: int) -> Tensor:
@@ -34,3 +38,26 @@ def cayley_offset(X: Tensor) -> Tensor:
     identity = torch.eye(b, dtype=X.dtype, device=X.device)
     # R = 2 (I − X)⁻¹ − I. The singular values of I − X are at least 1: its inverse loses nothing and needs no check.
     return 2 * (torch.linalg.inv_ex(identity - X).inverse - identity)
+
+
+def remembered(make: Callable[..., Tensor], parameter: Tensor, *more: Any) -> Tensor:
+    """make(parameter, *more): a rotation, say, that is dear for a single token. On a processor and without gradients it
+    is the tensor of the last call, as long as the parameter holds the same numbers and `more` is the same: they are
+    compared with a copy at every call, so that it does not matter who writes a parameter, and how.
+
+    `make` looks at nothing else, and the result must not be written. Kept are one copy and one result a parameter,
+    beside the model: they are in no copy and no file of it, and go when the parameter goes.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return make(parameter, *more)
+    if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":  # a GPU would have to be waited for
+        return make(parameter, *more)
+    seen = _REMEMBERED.get(parameter)
+    if seen is None or seen[:3] != (make, more, parameter.dtype) or not torch.equal(seen[3], parameter):
+        copy = parameter.detach().clone()  # before: another thread may write meanwhile
+        seen = _REMEMBERED[parameter] = (make, more, copy.dtype, copy, make(copy, *more))
+    made: Tensor = seen[4]
+    return made
+
+
+_REMEMBERED: Any = WeakIdKeyDictionary()

@@ -76,10 +76,9 @@ class PeakMemory(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
+        inputs = {storage._cdata for t in _tensors((args, kwargs or {})) for storage in _storages(t)}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
+        for storage in [storage for tensor in _tensors(result) for storage in _storages(tensor)]:
             key = storage._cdata
             if key not in inputs and key not in self._seen:
                 self._seen.add(key)
@@ -95,3 +94,14 @@ class PeakMemory(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """One, or those of a sparse tensor's parts."""
+    if tensor.layout == torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout == torch.sparse_coo:
+        return [part.untyped_storage() for part in (tensor._indices(), tensor._values())]
+    if tensor.layout == torch.sparse_csr:
+        return [part.untyped_storage() for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values())]
+    raise NotImplementedError(f"the memory of {tensor.layout} tensors is not counted here")

@@ -22,6 +22,11 @@ def rotation_offset(q: Tensor, b: int, terms: int | None) -> Tensor:
     return cayley_offset(Q) if terms is None else series_offset(Q, terms)
 
 
+def offset_of(q: Tensor, b: int, terms: int | None, full: torch.dtype) -> Tensor:
+    """The same of a parameter that is in another dtype."""
+    return rotation_offset(q.to(full), b, terms)
+
+
 def series_offset(Q: Tensor, terms: int) -> Tensor:
     """R − I of R = I + 2 Q + 2 Q² + … + 2 Qᵖ⁻¹ + Qᵖ, p = terms − 1 but at least 3, for skew-symmetric Q (..., b, b);
     with 2 terms R = I + 2 Q. Exactly zero at Q = 0."""

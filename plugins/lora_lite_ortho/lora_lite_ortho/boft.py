@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, TargetError, cayley_offset, hookimpl, skew
+from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, TargetError, hookimpl, remembered
 
 from . import _peft_butterfly
 from ._gates import shifted
-from ._turns import turned
+from ._turns import offset_of, turned
 
 BENCH = {"lr": 3e-3}
 
@@ -80,9 +80,10 @@ def param_specs(d_in: int, d_out: int, cfg: BOFTConfig) -> dict[str, ParamSpec]:
 
 @hookimpl
 def forward_input(x: Tensor, params: dict[str, Tensor], cfg: BOFTConfig) -> Tensor:
+    b, full = _size(x.shape[-1], cfg), torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        Q = skew(params["lora_q"].to(torch.promote_types(x.dtype, torch.float32)), b := _size(x.shape[-1], cfg))
-        for i, R in reversed([*enumerate(cayley_offset(Q).unflatten(0, (cfg.factors, -1)))]):  # R − I
+        offsets = remembered(offset_of, params["lora_q"], b, None, full).unflatten(0, (cfg.factors, -1))  # R − I
+        for i, R in reversed([*enumerate(offsets)]):
             if i == 0:
                 x = turned(x.unflatten(-1, (-1, b)), R).flatten(-2)
             else:

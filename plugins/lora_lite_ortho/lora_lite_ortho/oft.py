@@ -8,7 +8,7 @@ package's exact mode turns the same way, its default, a truncated series, the ot
 Options: terms=5 is that series, (I + Q)(I + Q + Q² + Q³), a rotation for small Q only; coft holds each ‖Qᵢ‖_F at most
 eps / √n (the gradient passes by, so that q can come back); block_share has one block for all. Needs nothing of the
 base. d_in (b − 1) / 2 parameters (shared: b (b − 1) / 2), d_in · b multiply-accumulates per token, and n inverses of
-b × b per call.
+b × b per call; without gradients on a processor only when q has changed.
 
 Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schölkopf: Controlling Text-to-Image Diffusion by Orthogonal Finetuning,
 2023, arXiv:2306.07280. Input-sided as in Qiu et al.: Orthogonal Finetuning Made Scalable, 2025, arXiv:2506.19847.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl
+from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, hookimpl, remembered
 
 from . import _peft_turns
 from ._turns import bounded, check_terms, rotation_offset, turned
@@ -69,11 +69,16 @@ def param_specs(d_in: int, cfg: OFTConfig) -> dict[str, ParamSpec]:
     return {"lora_q": ParamSpec((count, b * (b - 1) // 2), doc="strict upper triangles of Q")}
 
 
+def _offset(q: Tensor, cfg: OFTConfig, full: torch.dtype) -> Tensor:
+    """Rᵢ − I."""
+    q = q.to(full)
+    if cfg.coft:
+        q = q + (bounded(q, cfg.eps) - q).detach()
+    return rotation_offset(q, cfg.block_size, cfg.terms)
+
+
 @hookimpl
 def forward_input(x: Tensor, params: dict[str, Tensor], cfg: OFTConfig) -> Tensor:
-    b = cfg.block_size
     with torch.autocast(x.device.type, enabled=False):
-        q = params["lora_q"].to(torch.promote_types(x.dtype, torch.float32))
-        if cfg.coft:
-            q = q + (bounded(q, cfg.eps) - q).detach()
-        return turned(x.unflatten(-1, (-1, b)), rotation_offset(q, b, cfg.terms)).flatten(-2)
+        offset = remembered(_offset, params["lora_q"], cfg, torch.promote_types(x.dtype, torch.float32))
+        return turned(x.unflatten(-1, (-1, cfg.block_size)), offset).flatten(-2)

@@ -7,7 +7,7 @@ the diagonal of the empirical Fisher information where a calibration batch is on
 paper; larger batches are faster and coarser. Where the model's output holds no loss, its mean square stands in its
 place. The changes start as zeros, which makes step 0 the identity. Reads gradients of the frozen weights once, at
 attach, with as much memory as these weights in float32. Which entries they are is saved, 8 bytes each, and a file
-fits the weights it was made on. The change is applied as a matrix: d_in d_out multiply-accumulates per token.
+fits the weights it was made on. One multiply-accumulate per entry and token on a processor in float32, else d_in d_out.
 
 Sung, Nair, Raffel: Training Neural Networks with Fixed Sparse Masks, 2021 (NeurIPS), arXiv:2111.09839.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, Target, hookimpl, project, sketch
+from lora_lite_core import AdapterConfig, ConfigError, ParamSpec, Target, hookimpl, sketch, sparse_delta
 
 from ._fisher import fisher_information
 
@@ -80,9 +80,7 @@ def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: FishMaskConfi
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
-    values, d_in, d_out = params["lora_values"].to(x.dtype), x.shape[-1], y.shape[-1]
-    change = values.new_zeros(d_out * d_in).scatter_add(0, params["lora_places"], values)
-    return project(x, change.view(d_out, d_in)).to(y.dtype).add_(y)
+    return sparse_delta(x, params["lora_places"], params["lora_values"], y.shape[-1]).to(y.dtype).add_(y)
 
 
 @hookimpl

@@ -4,7 +4,7 @@
 
 As many entries as LoRA of rank r has parameters, drawn once for each layer; their changes start as zeros, which makes
 step 0 the identity. The change is sparse and of high rank. Needs nothing of the base. The places are saved, 8 bytes
-each. The change is applied as a matrix: d_in d_out multiply-accumulates per token.
+each. r (d_in + d_out) multiply-accumulates per token on a processor in float32, else d_in d_out.
 
 Bhardwaj et al.: Sparse High Rank Adapters, 2024 (NeurIPS), arXiv:2406.13175; here with the random mask.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite_core import ParamSpec, RankConfig, TargetError, hookimpl, project
+from lora_lite_core import ParamSpec, RankConfig, TargetError, hookimpl, sparse_delta
 
 from . import _peft
 
@@ -60,6 +60,4 @@ def param_specs(d_in: int, d_out: int, cfg: SHiRAConfig) -> dict[str, ParamSpec]
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
-    values, d_in, d_out = params["lora_values"].to(x.dtype), x.shape[-1], y.shape[-1]
-    change = values.new_zeros(d_out * d_in).scatter_add(0, params["lora_places"], values)
-    return project(x, change.view(d_out, d_in)).to(y.dtype).add_(y)
+    return sparse_delta(x, params["lora_places"], params["lora_values"], y.shape[-1]).to(y.dtype).add_(y)

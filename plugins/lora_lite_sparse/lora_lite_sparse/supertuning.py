@@ -4,8 +4,8 @@
 
 The changes start as zeros, which makes step 0 the identity; which entries they are is saved, 8 bytes each, and a file
 fits the weights it was made on. Reads the dense weight once, at attach. Entries of one size (of a quantised base) are
-chosen by their place. The change is applied as a matrix: d_in d_out multiply-accumulates per token. With a LoRA beside
-it is the paper's Supra: attach both.
+chosen by their place. One multiply-accumulate per entry and token on a processor in float32, else d_in d_out. With a
+LoRA beside it is the paper's Supra: attach both.
 
 Super-Tuning, 2026, arXiv:2607.09287 (as the peft package has it).
 """
@@ -24,8 +24,8 @@ from lora_lite_core import (
     TargetError,
     dense_weight,
     hookimpl,
-    project,
     sketch,
+    sparse_delta,
 )
 
 from . import _peft
@@ -79,9 +79,7 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: SupertuningConfig) ->
 
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
-    values, d_in, d_out = params["lora_values"].to(x.dtype), x.shape[-1], y.shape[-1]
-    change = values.new_zeros(d_out * d_in).scatter_add(0, params["lora_places"], values)
-    return project(x, change.view(d_out, d_in)).to(y.dtype).add_(y)
+    return sparse_delta(x, params["lora_places"], params["lora_values"], y.shape[-1]).to(y.dtype).add_(y)
 
 
 @hookimpl

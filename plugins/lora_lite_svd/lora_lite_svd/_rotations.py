@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite_core import ConfigError, cayley_offset, skew
+from lora_lite_core import ConfigError, cayley_offset, remembered, skew
 
 CHOICES = {"rotate_basis": ("V", "U", "both", "none"), "select": ("s", "rms", "mean_abs")}
 
@@ -28,6 +28,11 @@ def check_rotations(cfg: Any) -> None:
         raise ConfigError(f"{name}(max_rotation_angle={cfg.max_rotation_angle!r}): give an angle above 0 and below π")
 
 
+def whole_offset(X: Tensor, r: int, full: torch.dtype) -> Tensor:
+    """R − I (r, r) of the rotation of all coordinates, from the upper triangle X (r(r−1)/2,) of a skew matrix."""
+    return cayley_offset(skew(X.to(full), r))
+
+
 def block_offset(T: Tensor, cfg: Any, x: Tensor) -> Tensor:
     """R − I of each block (n, b, b) from its parameters T (n, b(b−1)/2), in at least float32; exactly zero at T = 0.
 
@@ -35,8 +40,11 @@ def block_offset(T: Tensor, cfg: Any, x: Tensor) -> Tensor:
     """
     limit = 2 * math.tan(cfg.max_rotation_angle / 2)
     with torch.autocast(x.device.type, enabled=False):
-        T = T.to(torch.promote_types(x.dtype, torch.float32))
-        return cayley_offset(skew(0.5 * limit * torch.tanh(T / (2 * limit)), cfg.block_size))
+        return remembered(_offset, T, limit, cfg.block_size, torch.promote_types(x.dtype, torch.float32))
+
+
+def _offset(T: Tensor, limit: float, b: int, full: torch.dtype) -> Tensor:
+    return cayley_offset(skew(0.5 * limit * torch.tanh(T.to(full) / (2 * limit)), b))
 
 
 def rotate(offset: Tensor, h: Tensor) -> Tensor:

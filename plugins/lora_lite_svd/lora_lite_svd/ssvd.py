@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lite_core import ParamSpec, RankConfig, cayley_offset, hookimpl, project, sketch, skew
+from lora_lite_core import ParamSpec, RankConfig, hookimpl, project, remembered, sketch
 
+from ._rotations import whole_offset
 from ._triplets import copy_triplets, singular_triplets
 
 
@@ -61,7 +62,7 @@ def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: SSVDConfig) ->
     change = dS * h
     if cfg.r > 1:
         with torch.autocast(x.device.type, enabled=False):
-            offset = cayley_offset(skew(params["lora_X"].to(full), cfg.r))
+            offset = remembered(whole_offset, params["lora_X"], cfg.r, full)
         change = change + (S + dS) * F.linear(h, offset.to(h.dtype))
     return F.linear(change, params["lora_U"].to(h.dtype)).to(y.dtype).add_(y)
 

@@ -1,0 +1,116 @@
+"""Products with low-rank and sparse matrices, that several plugin packages share."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers.kinds.embedding import project
+
+FEW_ROWS = 8  # below: entry by entry
+
+
+def lowrank_delta(x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · B(A x): x (..., d_in), A (r, d_in), B (d_out, r) → (..., d_out) in x's dtype, or autocast's. Of an
+    embedding x are token ids (...,), and the result is in A's dtype.
+
+    The factors are cast to x's dtype for the two matmuls; gradients reach them in their own. The result is a tensor of
+    its own: `.add_(y)` makes y + delta of it without the memory of a third.
+    """
+    hidden = project(x, A)
+    if scale != 1.0:
+        hidden = hidden * scale
+    return F.linear(hidden, B.to(hidden.dtype))
+
+
+def sparse_delta(x: Tensor, places: Tensor, values: Tensor, d_out: int) -> Tensor:
+    """S x for S (d_out, d_in) that is zero but for `values` (n,) at `places` (n,), row · d_in + column in any order;
+    entries at one place add up. x (..., d_in) → (..., d_out) in x's dtype, or autocast's; a tensor of its own.
+
+    On a processor in float32 or float64, a sparse S is not made: n multiply-accumulates per token, and as many for each
+    of the two gradients, where the matrix would take d_in d_out. Else it is a product with the matrix.
+    """
+    values, d_in = values.to(x.dtype), x.shape[-1]
+    rows = x.numel() // max(1, d_in)
+    if not _is_plain(x) or 8 * len(values) > d_in * d_out:
+        return project(x, _matrix(places, values, d_out, d_in))
+    if rows < FEW_ROWS:
+        entries = x.index_select(-1, places % d_in) * values
+        return x.new_zeros(*x.shape[:-1], d_out).index_add(-1, places // d_in, entries)
+    if 8 * 128 * len(values) > rows * d_in * d_out:  # putting the entries in order would take longer than the product
+        return project(x, _matrix(places, values, d_out, d_in))
+    product: Tensor = _SparseProduct.apply(x.reshape(-1, d_in), places, values, d_out)
+    return product.view(*x.shape[:-1], d_out)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the kernels for sparse products serve it, and torch.compile is not to make better ones."""
+    of = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return of and not torch.compiler.is_compiling()
+
+
+def _matrix(places: Tensor, values: Tensor, d_out: int, d_in: int) -> Tensor:
+    return values.new_zeros(d_out * d_in).scatter_add(0, places, values).view(d_out, d_in)
+
+
+class _SparseProduct(torch.autograd.Function):
+    """S x for rows x (rows, d_in). It keeps x and the entries for backward, not S."""
+
+    @staticmethod
+    def forward(x: Tensor, places: Tensor, values: Tensor, d_out: int) -> Tensor:
+        return _summed(x.T.contiguous(), places, values, d_out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.d_out = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (x, places, values) = gradients, ctx.saved_tensors
+        d_out, d_in = ctx.d_out, x.shape[1]
+        if torch.is_grad_enabled():  # gradients of these gradients are wanted
+            of_x = gradient @ _matrix(places, values, d_out, d_in)
+            return of_x, None, (gradient.T @ x).flatten()[places], None
+        of_x, of_values, columns = None, None, gradient.T.contiguous()
+        if ctx.needs_input_grad[0]:
+            of_x = _summed(columns, places % d_in * d_out + places // d_in, values, d_in)
+        if ctx.needs_input_grad[2]:
+            of_values = _sampled(columns, x, places)
+        return of_x, None, of_values, None
+
+
+def _summed(columns: Tensor, places: Tensor, values: Tensor, d_out: int) -> Tensor:
+    """S x (rows, d_out) of columns (d_in, rows), which are xᵀ."""
+    d_in = len(columns)
+    places, order = places.sort()
+    if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < d_out * d_in:
+        raise IndexError(f"places from {int(places[0])} to {int(places[-1])} are not in a ({d_out}, {d_in}) matrix")
+    starts = torch.searchsorted(places, torch.arange(0, d_out * d_in, d_in))
+    made = F.embedding_bag(places % d_in, columns, starts, mode="sum", per_sample_weights=values[order])
+    return made.T.contiguous()
+
+
+def _sampled(columns: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """The entries at these places of columns (d_out, rows) times x (rows, d_in), without the others."""
+    (d_out, d_in), (places, order) = (len(columns), x.shape[1]), places.sort()
+    starts = torch.searchsorted(places, torch.arange(0, d_out * d_in + 1, d_in))
+    _expect_sparse()
+    zeros = x.new_zeros(len(places))
+    pattern = torch.sparse_csr_tensor(starts, places % d_in, zeros, (d_out, d_in), check_invariants=False)
+    found = torch.sparse.sampled_addmm(pattern, columns, x, beta=0.0).values()
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+@functools.cache
+def _expect_sparse() -> None:
+    """Have torch say once in this process that its sparse tensors are in beta, to nobody."""
+    empty = torch.tensor([], dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), empty, empty.float(), (1, 1), check_invariants=False)
