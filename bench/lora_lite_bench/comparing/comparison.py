@@ -117,9 +117,11 @@ class Comparison:
         changed = {knob: value for knob, value in set_knobs.items() if value != getattr(type(task), knob)}
         first = Job(name, changed, "", {}, self.settings(name).seeds[0], 0.0, task.steps)
         protocol = self.protocols[name]
+        experiment = protocol is not None and protocol not in task_class(name).PROTOCOLS.values()
+        fixed = "r" in self.fields or experiment  # a rank that somebody has asked for is not cut
         for method in self._methods(protocol):
             given = protocol.fields_of(method, known_fields(method)) if protocol else {}
-            fields = fitting(task, method, {**given, **self.fields}, "r" in self.fields)
+            fields = fitting(task, method, {**given, **self.fields}, fixed)
             stated = self.steps or "steps" in self.knobs or self.size == "quick" or protocol
             steps = task.steps if stated else int(ll.get_variant(method).bench.get("steps", task.steps))
             label = " ".join([method, *(f"{key}={value}" for key, value in self.fields.items())])

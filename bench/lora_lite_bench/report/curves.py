@@ -23,11 +23,11 @@ def rates(table: TaskTable) -> Figure | None:
     if not rows:
         return None
     shortest = {row.label: min(steps for _, steps in row.curve) for row in rows}
-    curves = {row.label: _at(row, shortest[row.label]) for row in rows}
+    gap = (math.nan, math.nan)
+    others = [point for row in rows for point in (*_at(row, shortest[row.label]), gap)]  # one line, for many panels
 
     def draw(axes: Axes, row: Row) -> None:
-        for other in rows:
-            axes.plot(*zip(*curves[other.label], strict=True), color=FAINT, lw=0.8, zorder=1)
+        axes.plot(*zip(*others, strict=True), color=FAINT, lw=0.8, zorder=1)
         for size, steps in enumerate(sorted({steps for _, steps in row.curve}), 1):
             points = _at(row, steps)
             axes.plot(

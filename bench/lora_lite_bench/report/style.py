@@ -102,7 +102,8 @@ def _free(point: Any, width: float, height: float, taken: Sequence[Bbox], room: 
         shared = (Bbox.intersection(box, other) for other in taken)
         return sum(found.width * found.height for found in shared if found is not None)
 
-    return min(inside or sides, key=covered)
+    places = inside or sides
+    return next((place for place in places if not covered(place)), None) or min(places, key=covered)
 
 
 def _box(point: Any, dx: float, dy: float, width: float, height: float) -> Bbox:
