@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,12 @@ from lora_lite_core.contract.errors import LoraLiteError
 
 if TYPE_CHECKING:
     from .comparing.comparison import Comparison
+
+
+def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is no learning rate; give one above 0, as in --lr 1e-3")
+    return value
 
 
 @click.command(short_help="Train and compare variants on small tasks: paired seeds, swept rates, anchors.")
@@ -30,7 +37,10 @@ if TYPE_CHECKING:
     "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"
 )
 @click.option(
-    "--lr", type=float, help="Learning rate for all variants.  [default: a protocol's or module's own; else swept]"
+    "--lr",
+    type=float,
+    callback=_positive,
+    help="Learning rate for all variants.  [default: a protocol's or module's own; else swept]",
 )
 @click.option("--sweep", is_flag=True, help="Sweep for variants that state a rate of their own, too.")
 @click.option("--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A config field for all, as in --set r=16.")
@@ -95,6 +105,9 @@ def bench(
         return
     if not out.parent.is_dir():
         raise click.BadParameter(f"folder {out.parent} of {out} does not exist")
+    if out.suffix == ".html":
+        another = out.with_suffix(".jsonl")
+        raise click.BadParameter(f"--out {out} would be the report's own name; give another, as {another}")
     if full and quick:
         raise click.UsageError("--full and --quick: give one of them")
     names, files = _named(variants, everything)
@@ -133,6 +146,8 @@ def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any
     with Progress(*columns, console=console, disable=not processes().main) as progress:
         try:
             file = processes().main_first(lambda: ResultsFile(out, writes=processes().main))
+            if file.cut:
+                console.print(f"{out}: the last line was cut off while it was written; its run is made again")
             return comparison.carry_out(file, jobs or cores(), progress)
         except KeyboardInterrupt:
             console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")
@@ -149,6 +164,8 @@ def _show(comparison: Comparison, out: Path) -> None:
     from .report.page import write_page
     from .report.terminal import terminal_tables
 
+    if not out.exists():  # not one run was finished
+        return
     console = Console()
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
     records = read([out])

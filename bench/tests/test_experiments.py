@@ -129,7 +129,7 @@ def test_the_command(places: dict[str, str], tmp_path: Path, monkeypatch: pytest
     """The folder says what is compared; what is named beside it goes over it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
-    cfg = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    cfg = peft.LoraConfig(r=40, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     place = experiment(tmp_path, cfg, {"seed": 3, "optimizer_kwargs": {"lr": 2e-4, "weight_decay": 0.1}})
     out = tmp_path / "r.jsonl"
     named = ["--task", "gsm8k", "--model", places["model"], "--data", places["data"], "--out", str(out)]
@@ -140,4 +140,5 @@ def test_the_command(places: dict[str, str], tmp_path: Path, monkeypatch: pytest
     (run,) = [record for record in read([out]) if record.kind == "run"]
     assert (run.job.method, run.job.seed, run.job.lr, run.job.steps) == ("lora", 3, 2e-4, 8)
     assert run.outcome.config["alpha"] == 8  # type: ignore[union-attr]
+    assert run.outcome.rank == 40, "of layers 64 → 32: a rank that is asked for is not cut"  # type: ignore[union-attr]
     assert run.outcome.layers == 2  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lora_lite_bench.tasks import TaskError, make_task, protocol_of, small_task_
 from lora_lite_bench.tasks.gsm8k import corpus, encoding
 
 import lora_lite as ll
-from bench.tests.word_problems import END, write_data
+from bench.tests.word_problems import END, write_data, write_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SMALL = {"dtype": "float32", "batch_size": 4, "new_tokens": 12, "length": 96, "valid_count": 4, "test_count": 6}
@@ -72,13 +73,74 @@ def test_splits(places: dict[str, str], tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "gsm8k/test.jsonl").unlink(), r"has no gsm8k/test\.jsonl \(or \.json, \.parquet\)"),
         (lambda folder: (folder / "gsm8k/test.jsonl").write_text('{"q": 1}\n'), "has no column question and no answer; it has q"),
-        (lambda folder: (folder / "gsm8k/test.jsonl").write_text("{}}\n"), "cannot be read as jsonl"),
+        (lambda folder: (folder / "gsm8k/test.jsonl").write_text("{}}\n"), r"gsm8k: test\.jsonl cannot be read: .*JSON parse error[\s\S]*one JSON object a line"),
     ],
 )  # fmt: skip
 def test_data_that_is_not_there(broken: Any, message: str, tmp_path: Path) -> None:
     broken(write_data(tmp_path))
     with pytest.raises(TaskError, match=message):
         corpus.texts("test", str(tmp_path))
+
+
+def rows(count: int, **columns: Any) -> str:
+    return "".join(json.dumps(columns) + "\n" for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (rows(1, question="a", answer="#### 3") + rows(1, question="a", answer=None), r"row 2: answer is None, and text is needed"),
+        (rows(2, question=3, answer="#### 3"), r"row 1: question is 3, and text is needed"),
+        (rows(1, question="a", answer="#### 3") + '{"question": "a"}\n', r"row 2: answer is None, and text is needed"),
+        (rows(1, question="a", answer="#### 3") + rows(2, question="a", answer="none"), r"2 of 3 have no final answer, row 2 is the first"),
+        ("", r"test\.jsonl is empty\n[\s\S]*one JSON object a line"),
+        (rows(1, question="a", answer="b")[:9] + "\n", r"test\.jsonl cannot be read: .*JSON parse error"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    """A missing value is not the text "None", and a right answer that no model can give is not silent."""
+    (write_data(tmp_path) / "gsm8k/test.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(TaskError, match=message):
+        corpus.texts("test", str(tmp_path))
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    folder = write_data(tmp_path)
+    long = rows(3, query="a" * 1300, response="b")
+    (folder / "metamath/train.jsonl").write_text(long, encoding="utf-8")
+    with pytest.raises(TaskError, match="each of its texts is longer than 1,300 characters"):
+        corpus.texts("train", str(folder))
+    (folder / "gsm8k/test.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "#### 3"}\n'.encode("latin-1"))
+    with pytest.raises(TaskError, match="not in UTF-8|cannot be read"):
+        corpus.texts("test", str(folder))
+    (folder / "gsm8k/train.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(TaskError, match=r"in more than one form: gsm8k/train\.json, gsm8k/train\.jsonl; keep one"):
+        corpus.texts("valid", str(folder))
+
+
+@pytest.mark.parametrize("damage", ["tokenizer", "shard", "half a shard"])
+def test_models_that_are_not_whole(damage: str, places: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(places["model"], folder)
+    weights = folder / "model.safetensors"
+    if damage == "tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    elif damage == "shard":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:5000])
+    message = r"model .* cannot be loaded: [\s\S]*all that save_pretrained writes|knows no words: its files"
+    with pytest.raises(TaskError, match=message):
+        make_task("gsm8k", {**places, "model": str(folder)}).load()
+
+
+def test_a_tokenizer_of_another_model(places: dict[str, str], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", vocab_size=100)
+    with pytest.raises(
+        TaskError, match=r"tokenizer of .* has \d+ tokens, the model's embedding 100: they are not of one"
+    ):
+        make_task("gsm8k", {**places, "model": str(folder)}).load()
 
 
 def test_no_folder_no_hub_no_model(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +155,9 @@ def test_no_folder_no_hub_no_model(places: dict[str, str], monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TaskError, match=r"openai/gsm8k cannot be had from the hub: [\s\S]*give --data DIR with these"):
         corpus.texts("test", "")
-    with pytest.raises(TaskError, match=r"model /no cannot be had: [\s\S]*give --model FOLDER"):
+    with pytest.raises(
+        TaskError, match=r"model /no cannot be loaded, and no folder of that name is here: [\s\S]*give --model FOLDER"
+    ):
         make_task("gsm8k", {**places, "model": "/no"}).prepare()
 
 
@@ -123,10 +187,19 @@ def test_packages_that_are_not_there(places: dict[str, str], monkeypatch: pytest
         ({"quantize": "nf8"}, "quantize='nf8': one of nf4, fp4, int8"),
         ({"prompt": "Q:"}, "has no {query}"),
         ({"answers": "last"}, "answers='last': one of any, stated, strict-match, flexible-extract"),
-        ({"trained_on": "question"}, "trained_on='question': answer or all"),
+        ({"dtype": "bf16"}, "--knob dtype=bf16: a dtype of torch; did you mean 'bfloat16'"),
+        ({"dtype": "load"}, "--knob dtype=load: a dtype of torch"),
+        ({"steps": "abc"}, "--knob steps=abc: a whole number is needed"),
+        ({"steps": 0}, "--knob steps=0: at least 1"),
+        ({"test_count": -3}, "test_count=-3: at least 1"),
+        ({"schedule": "linear"}, "--knob schedule=linear: one of cosine, constant"),
+        ({"checkpointing": "yes"}, "--knob checkpointing=yes: true or false is needed"),
+        ({"clip": True}, "--knob clip=True: a number is needed"),
+        ({"prompt": 5}, "--knob prompt=5: text is needed; for the text, --knob prompt='\"5\"'"),
+        ({"trained_on": "question"}, "--knob trained_on=question: one of answer, all"),
     ],
 )
-def test_knobs_that_it_refuses(knobs: dict[str, str], message: str) -> None:
+def test_knobs_that_it_refuses(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         make_task("gsm8k", knobs)
 

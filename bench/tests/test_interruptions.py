@@ -101,9 +101,9 @@ def test_of_several_processes_one_writes(tmp_path: Path) -> None:
     record = other.append(Job("shifted", {}, "lora", {}, 0, 1e-3, 8), Result())
     assert other.records == {record.key: record}
     assert not (tmp_path / "r.jsonl").exists()
-    (tmp_path / "r.jsonl").write_text("half", encoding="utf-8")
+    (tmp_path / "r.jsonl").write_text('{"kind": "ru', encoding="utf-8")
     ResultsFile(tmp_path / "r.jsonl", writes=False)
-    assert (tmp_path / "r.jsonl").read_text(encoding="utf-8") == "half"
+    assert (tmp_path / "r.jsonl").read_text(encoding="utf-8") == '{"kind": "ru'
 
 
 def command(places: dict[str, str], out: Path, steps: int, *more: str) -> list[str]:

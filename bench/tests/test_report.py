@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from lora_lite_bench.comparing.results import ResultsFile, read
-from lora_lite_bench.comparing.table import tables
+from lora_lite_bench.comparing.table import Row, tables
 from lora_lite_bench.report.command import report
 from lora_lite_bench.report.pictures import scores
+from lora_lite_bench.report.style import headline, name_points, new
 from lora_lite_bench.runs.costing import Costs
 from lora_lite_bench.runs.methods import FROZEN, FULL
 from lora_lite_bench.runs.run import Job, Result
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 METHODS = {"lora": 0.7, "ia3": 0.3, "dora": 0.72, "antipasto": 0.5, FULL: 0.6}
 SPECTRUM = {f"model.layers.{n}.mlp.up_proj": {"shift": [0.1, -0.2, 0.3], "angle": [0.05 * n, 0.2]} for n in range(4)}
@@ -119,3 +122,33 @@ def test_one_seed_says_nothing_of_differences(results: Path) -> None:
     said = [figure.get_suptitle().replace("\n", " ") for figure in map(scores, title)]
     assert said[0].startswith("shifted: of 3 methods ")
     assert said[1].strip() == "shifted: test scores of one seed: the differences may be chance"
+
+
+def test_names_cover_neither_each_other_nor_points() -> None:
+    """Twenty methods whose points are nearly one."""
+    figure, (axes,) = new(9.5, 6.2)
+    rng = random.Random(0)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    points = [(95 + rng.random(), 60 + 2 * rng.random(), Row(f"method_{n}", f"method_{n}")) for n in range(20)]
+    headline(figure, "Says", "small")
+    name_points(axes, points)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+    assert len(boxes) == 20
+    assert not [1 for n, one in enumerate(boxes) for other in boxes[:n] if Bbox.intersection(one, other)]
+    room = axes.get_window_extent(renderer)
+    assert all(box.x0 >= room.x0 and box.x1 <= room.x1 + 1 for box in boxes)
+    at = axes.transData.transform([(x, y) for x, y, _ in points])
+    assert not [1 for box in boxes for x, y in at if box.contains(x, y)]
+
+
+def test_what_a_picture_says_is_text_of_the_page(results: Path, tmp_path: Path) -> None:
+    """A screen as small as a phone's shows it as it shows other text."""
+    page = tmp_path / "p.html"
+    CliRunner().invoke(report, [str(results), "--html", str(page)])
+    words = page.read_text(encoding="utf-8")
+    assert "<figcaption><b>shifted: of 3 methods " in words
+    assert "the best rate is 0.01 for all" in words, "not: between 0.01 and 0.01, so one would be unfair"
+    assert words.count("<th>variant</th>") == 2, "scores, then costs: both fit a desktop's screen"

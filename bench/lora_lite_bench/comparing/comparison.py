@@ -10,12 +10,14 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 import lora_lite_core as ll
+from lora_lite_core.contract.errors import did_you_mean, listed
+from lora_lite_core.contract.text import plain
 
 from ..machine.processes import processes
 from ..runs.costing import measure
 from ..runs.methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
 from ..runs.run import Job, Result, calibration, fresh
-from ..tasks import Protocol, Task, make_task, protocol_of, task_class
+from ..tasks import Protocol, Task, TaskError, make_task, protocol_of, task_class
 from .results import ResultsFile, key_of
 from .sweep import GRID, Plan, Settings, plan
 from .workers import drive, quiet, workers
@@ -63,6 +65,7 @@ class Comparison:
         alone = any(task_class(name).ALONE for name in self.tasks)
         threads = None if alone else 1
         quiet(threads)
+        self._check_knobs()
         self.protocols = {name: protocol_of(name, self.protocol, self._knobs(name)) for name in self.tasks}
         made = {name: self._task(name) for name in self.tasks}
         for name, task in list(made.items()):
@@ -98,19 +101,39 @@ class Comparison:
         known = {knob.name for knob in dataclass_fields(task_class(name))}
         return {knob: value for knob, value in self.knobs.items() if knob in known or len(self.tasks) == 1}
 
+    def _check_knobs(self) -> None:
+        """Of several tasks, one at least has each knob."""
+        known = {knob.name: None for name in self.tasks for knob in dataclass_fields(task_class(name))}
+        for knob in self.knobs if len(self.tasks) > 1 else ():
+            if knob not in known:
+                raise TaskError(
+                    f"no task of {', '.join(self.tasks)} has a knob {plain(repr(knob))}"
+                    f"{did_you_mean(knob, list(known))}; knobs: {listed(list(known), 40)}"
+                )
+
     def _jobs(self, name: str, task: Task) -> Iterator[Job]:
         """One of each method, to be planned: the seed and the rate come later."""
         set_knobs = {knob.name: getattr(task, knob.name) for knob in dataclass_fields(task) if knob.name != "steps"}
         changed = {knob: value for knob, value in set_knobs.items() if value != getattr(type(task), knob)}
         first = Job(name, changed, "", {}, self.settings(name).seeds[0], 0.0, task.steps)
         protocol = self.protocols[name]
+        experiment = protocol is not None and protocol not in task_class(name).PROTOCOLS.values()
+        fixed = "r" in self.fields or experiment  # a rank that somebody has asked for is not cut
         for method in self._methods(protocol):
             given = protocol.fields_of(method, known_fields(method)) if protocol else {}
-            fields = fitting(task, method, {**given, **self.fields}, "r" in self.fields)
-            own = {} if self.steps or self.size == "quick" or protocol else ll.get_variant(method).bench
+            fields = fitting(task, method, {**given, **self.fields}, fixed)
+            stated = self.steps or "steps" in self.knobs or self.size == "quick" or protocol
+            steps = task.steps if stated else int(ll.get_variant(method).bench.get("steps", task.steps))
             label = " ".join([method, *(f"{key}={value}" for key, value in self.fields.items())])
-            file, steps = self.files.get(method, ""), int(own.get("steps", task.steps))
-            yield replace(first, method=method, fields=fields, steps=steps, label=label, file=file)
+            yield replace(
+                first,
+                method=method,
+                fields=fields,
+                steps=steps,
+                label=label,
+                file=self.files.get(method, ""),
+                own_steps=steps != task.steps,
+            )
         anchors = ANCHORS if task.trains_whole() else (FROZEN,)
         for method in anchors if self.anchors else ():
             yield replace(first, method=method, label=method)

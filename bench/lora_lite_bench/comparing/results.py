@@ -23,6 +23,7 @@ from ..runs.run import Job, Result, variant_of, versions
 from ..tasks import task_distribution
 
 KINDS: dict[str, type[Result] | type[Costs]] = {"run": Result, "costs": Costs}
+START = '{"kind": "'
 PACKAGES = ("lora-lite-core", "lora-lite-bench", "torch", "transformers")
 
 
@@ -32,13 +33,14 @@ class ResultsError(LoraLiteError):
 
 @dataclass
 class Record:
-    """One line: what was run, what came out, and where."""
+    """One line: what was run, what came out, and where. `code` is `Job.code`, "" where the line does not say it."""
 
     job: Job
     outcome: Result | Costs
     environment: dict[str, str] = field(default_factory=dict)
     time: str = ""
     key: str = ""
+    code: tuple[str, str] = ("", "")
 
     @property
     def kind(self) -> str:
@@ -74,33 +76,60 @@ def _processor() -> str:
 
 
 class ResultsFile:
-    """The lines of a file by key; a half line at its end, of a run that was killed while it wrote, is taken off.
+    """The lines of a file by key. Raises ResultsError for what is no such file, or cannot be added to.
 
     writes  false in all but one of several processes on the same runs: they keep the lines in memory
+    cut     a half line at the end of the file, of a run that was killed while it wrote; it is taken off
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+        self.path, self.writes, self.cut = path, writes, b""
         self.records: dict[str, Record] = {}
+        if path.is_dir():
+            raise ResultsError(f"{plain(path)} is a folder; give a file in it, as {plain(path / 'results.jsonl')}")
+        if writes and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ResultsError(f"{plain(path)} cannot be written to; give another place: --out FILE")
         if path.exists():
-            whole = path.read_bytes()
-            kept = whole[: whole.rfind(b"\n") + 1]
             self.records = {record.key: record for record in read([path])}
-            if writes and len(kept) < len(whole):
-                os.truncate(path, len(kept))
+            self._mend(path.read_bytes())
+
+    def _mend(self, whole: bytes) -> None:
+        last = whole[whole.rfind(b"\n") + 1 :]
+        if begun(last.decode(errors="replace")):
+            self.cut = last
+            if self.writes:
+                os.truncate(self.path, len(whole) - len(last))
+        elif last and self.writes:  # whole, without its end: somebody edited the file
+            self._write(b"\n")
 
     def append(self, job: Job, outcome: Result | Costs) -> Record:
         kind = "run" if isinstance(outcome, Result) else "costs"
         record = Record(job, outcome, environment(job), time.strftime("%Y-%m-%dT%H:%M:%S%z"), key_of(job, kind))
+        record.code = job.code()
         line = {"kind": kind, "key": record.key, "time": record.time, "job": asdict(job), kind: asdict(outcome)}
-        text = json.dumps({**line, "environment": record.environment}, allow_nan=False) + "\n"
+        text = json.dumps({**line, "environment": record.environment, "code": record.code}, allow_nan=False) + "\n"
         self.records[record.key] = record
         if self.writes:
-            with self.path.open("ab", buffering=0) as file:  # in one write
-                file.write(text.encode())
-                os.fsync(file.fileno())
+            self._write(text.encode())
             self._forget(record.key)
         return record
+
+    def _write(self, line: bytes) -> None:
+        """All of it, in one write where the system takes it in one; or nothing. Raises ResultsError."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        done = 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                while done < len(line):
+                    done += file.write(line[done:])
+                os.fsync(file.fileno())
+        except OSError as error:
+            if done and self.path.stat().st_size == size + done:
+                os.truncate(self.path, size)
+            raise ResultsError(
+                f"{plain(self.path)} cannot be added to: {told(error)}; what was in it is kept, and when that "
+                "is mended the same command goes on from there"
+            ) from error
 
     def unfinished(self, job: Job) -> Path:
         """The folder beside the file in which a run keeps states to go on from, until its line is there."""
@@ -116,17 +145,34 @@ class ResultsFile:
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """The records of all files, of each key the last. A last line without an end is left out. Raises ResultsError."""
+    """The records of all files, of each key the last. A last line that was cut off while it was written is left out.
+    Raises ResultsError."""
     found: dict[str, Record] = {}
     for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ResultsError(f"{plain(path)} cannot be read: {told(error)}") from error
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        lines = text.split("\n")
+        if begun(lines[-1]):
+            lines.pop()
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
             record = _record(line, f"{plain(path)}, line {number}")
             found[record.key] = record
     return list(found.values())
+
+
+def begun(line: str) -> bool:
+    """Whether it is the beginning of a line as they are written here, and no whole one."""
+    if not line.startswith(START[: len(line)]):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 def _record(line: str, place: str) -> Record:
@@ -134,6 +180,10 @@ def _record(line: str, place: str) -> Record:
         read = json.loads(line)
         kind = read["kind"]
         outcome = KINDS[kind](**read[kind])
-        return Record(Job(**read["job"]), outcome, dict(read["environment"]), str(read["time"]), str(read["key"]))
+        task, method = map(str, read.get("code", ("", "")))
+        found = dict(read["environment"]), str(read["time"]), str(read["key"])
+        return Record(Job(**read["job"]), outcome, *found, (task, method))
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{place} is no result of `lora-lite bench` of this version: {told(error)}") from error
+        raise ResultsError(
+            f"{place} is no result of `lora-lite bench` of this version: {plain(told(error))}"
+        ) from error

@@ -59,7 +59,7 @@ def _sweep(job: Job, settings: Settings) -> Generator[Round, Sequence[Result], l
     losses: dict[float, float] = {}
     rates = list(settings.rates)
     while rates:
-        results = yield [replace(short, lr=lr, steps=max(1, job.steps // QUARTER)) for lr in rates]
+        results = yield [replace(short, lr=lr, steps=shortened(job.steps, QUARTER)) for lr in rates]
         losses |= {lr: loss_of(result) for lr, result in zip(rates, results, strict=True)}
         rates = [edge] if (edge := beyond(losses, settings)) else []
     best = sorted(losses, key=lambda lr: losses[lr])
@@ -67,12 +67,17 @@ def _sweep(job: Job, settings: Settings) -> Generator[Round, Sequence[Result], l
     rates = list(dict.fromkeys([*best[: max(2, len(settings.rates) // 2)], *below]))
     longer: dict[float, float] = {}
     while rates:
-        results = yield [replace(short, lr=lr, steps=max(1, job.steps // HALF)) for lr in rates]
+        results = yield [replace(short, lr=lr, steps=shortened(job.steps, HALF)) for lr in rates]
         longer |= {lr: loss_of(result) for lr, result in zip(rates, results, strict=True)}
         lowest = min(longer)
         down = longer[lowest] == min(longer.values()) and 0 < settings.beyond > len(longer) - len(settings.rates)
         rates = [step(lowest, -1)] if down else []
     return sorted(longer, key=lambda lr: longer[lr])[: settings.finalists]
+
+
+def shortened(steps: int, by: int) -> int:
+    """The steps of a short run."""
+    return max(1, steps // by)
 
 
 def step(lr: float, half_decades: int) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 from ..runs.costing import Costs
 from ..runs.methods import ANCHORS, FROZEN, MATCHED, REFERENCE
 from ..runs.run import Job, Result
-from .noise import LEVEL, Interval, interval, paired, verdict
+from .groups import Group, by_row, groups
+from .noise import Interval, interval, paired, verdict
 from .results import Record
 from .sweep import chosen, loss_of
 
@@ -45,14 +46,30 @@ class Scores:
 
 @dataclass
 class Row:
-    """All that the tables and pictures say of one method on one task."""
+    """All that the tables and pictures say of one method on one task.
 
+    label    what it is called: the method, with fields that were set
+    against  the label of the row that it is compared with; "" where there is none
+    """
+
+    label: str
     method: str
     scores: dict[str, Scores] = field(default_factory=dict)  # by column
     curve: dict[tuple[float, int], float] = field(default_factory=dict)  # validation loss by (rate, steps), first seed
     costs: Costs | None = None
     forgets: float | None = None
+    against: str = ""
     difference: dict[str, Interval | None] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """The fields in the label."""
+        return self.label.removeprefix(self.method)
+
+    @property
+    def swept(self) -> bool:
+        """Whether several rates were tried."""
+        return len({lr for lr, _ in self.curve}) > 1
 
     @property
     def kind(self) -> str:
@@ -67,19 +84,22 @@ class Row:
         return self.scores["defaults"]
 
     def verdict(self, column: str = "defaults") -> str:
-        if self.method in (REFERENCE, FROZEN):
-            return "the reference" if self.method == REFERENCE else "not trained"
-        return verdict(self.difference.get(column), REFERENCE) if self.difference else f"no {REFERENCE} here"
+        if self.method == FROZEN:
+            return "not trained"
+        if self.against == self.label:
+            return "the reference"
+        return verdict(self.difference.get(column), self.against) if self.against else f"no {REFERENCE} here"
 
 
 @dataclass
 class TaskTable:
-    """One task with its knobs, and its rows, best score first, anchors last."""
+    """One task with its knobs, and its rows, best score first, anchors last. `left_out` counts lines of older code."""
 
     task: str
     knobs: dict[str, Any]
     steps: int
     rows: list[Row]
+    left_out: int = 0
 
     @property
     def title(self) -> str:
@@ -87,41 +107,47 @@ class TaskTable:
         return f"{self.task}{f' ({knobs})' if knobs else ''}, {self.steps} steps"
 
     def row(self, method: str) -> Row | None:
-        return next((row for row in self.rows if row.method == method), None)
+        """Of a method, as little configured as there is one."""
+        return min((row for row in self.rows if row.method == method), key=lambda row: row.suffix != "", default=None)
 
 
 def tables(records: Iterable[Record]) -> list[TaskTable]:
     """One table for each task, knobs and number of steps that have whole runs."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.job.task, repr(sorted(record.job.knobs.items()))), []).append(record)
-    made = [_table(group) for group in groups.values()]
+    made = [_table(group) for group in groups(records)]
     return [table for table in made if table.rows]
 
 
-def _table(records: Sequence[Record]) -> TaskTable:
-    methods: dict[str, list[Record]] = {}
-    for record in records:
-        methods.setdefault(record.job.label or record.job.method, []).append(record)
-    rows = [row for row in (_row(label, group) for label, group in methods.items()) if row.scores.get("defaults")]
+def _table(group: Group) -> TaskTable:
+    rows = [row for row in (_row(label, records) for label, records in by_row(group.records).items()) if row.scores]
+    job = group.records[0].job
+    table = TaskTable(job.task, job.knobs, group.steps, rows, group.left_out)
     frozen = next((row.first.own for row in rows if row.method == FROZEN), None)
-    reference = next((row for row in rows if row.method == REFERENCE), None)
     for row in rows:
+        reference = _reference(row, table)
         own = row.main.mean("own")
         row.forgets = None if frozen is None or own is None else frozen - own
         if reference is not None:
+            row.against = reference.label
             same = abs(row.first.trainable - reference.first.trainable) <= MATCHED * reference.first.trainable
             if same and row.method not in ANCHORS:
                 row.scores.setdefault("matched", row.main)
             theirs = reference.main.by_seed()
             row.difference = {column: paired(scores.by_seed(), theirs) for column, scores in row.scores.items()}
     rows.sort(key=lambda row: (row.method in ANCHORS, -row.main.test.mean))
-    job = records[0].job
-    return TaskTable(job.task, job.knobs, max((row.main.steps for row in rows), default=0), rows)
+    return table
 
 
-def _row(method: str, records: Sequence[Record]) -> Row:
-    row = Row(method)
+def _reference(row: Row, table: TaskTable) -> Row | None:
+    """What a row is compared with: the reference with the same fields, where it was run with them."""
+    plain = table.row(REFERENCE)
+    if row.method == REFERENCE:
+        return plain
+    return next((one for one in table.rows if one.method == REFERENCE and one.suffix == row.suffix), plain)
+
+
+def _row(label: str, records: Sequence[Record]) -> Row:
+    row = Row(label, records[0].job.method)
+    first = min((r.job.seed for r in records if isinstance(r.outcome, Result)), default=0)
     for column in ("defaults", "matched"):
         of_rate: dict[float, dict[int, Result]] = {}
         steps = 0
@@ -129,14 +155,14 @@ def _row(method: str, records: Sequence[Record]) -> Row:
             if job.whole:
                 of_rate.setdefault(job.lr, {})[job.seed] = outcome
                 steps = max(steps, job.steps)
-            if column == "defaults" and not (job.whole and (job.lr, job.steps) in row.curve):
+            if column == "defaults" and job.seed == first:
                 row.curve[job.lr, job.steps] = loss_of(outcome)
         if of_rate:
             most = max(map(len, of_rate.values()))  # a rate with fewer seeds was not one that the sweep chose
             best = chosen({lr: list(runs.values()) for lr, runs in of_rate.items() if len(runs) == most})
             row.scores[column] = Scores(best, steps, dict(sorted(of_rate[best].items())))
     row.costs = next((r.outcome for r in records if isinstance(r.outcome, Costs)), None)
-    return row
+    return row if "defaults" in row.scores else Row(label, row.method)
 
 
 def _runs(records: Sequence[Record], column: str) -> Iterable[tuple[Job, Result]]:
@@ -148,7 +174,7 @@ def cells(row: Row) -> tuple[str, ...]:
     main, matched, costs = row.main, row.scores.get("matched"), row.costs
     errors = [run.reload_error for run in main.runs.values() if run.reload_error is not None]
     return (
-        row.method,
+        row.label,
         _number(row.first.rank, "d"),
         score(main.test),
         _number(next(iter(matched.runs.values())).rank if matched else None, "d"),
@@ -177,13 +203,3 @@ def score(found: Interval) -> str:
 
 def _number(value: float | None, form: str, factor: float = 1) -> str:
     return "–" if value is None else f"{value * factor if factor != 1 else value:{form}}"
-
-
-def caption(table: TaskTable) -> str:
-    """What the numbers of a table are, in plain words."""
-    tried = sorted({lr for row in table.rows for lr, _ in row.curve if lr})
-    rates = f"rates from {tried[0]:.2g} to {tried[-1]:.2g}, " if tried else ""
-    return (
-        f"± {LEVEL:.0%} interval of the mean over seeds; {rates}chosen on validation, reported on test; seeds paired: "
-        f"same batches, same start. Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance."
-    )

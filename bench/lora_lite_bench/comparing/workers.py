@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ def drive(
             if known is not None and isinstance(known.outcome, Result):
                 ended(name, place, known.outcome)
             else:
-                waiting[submit(job, file.unfinished(job))] = (name, place)
+                try:
+                    waiting[submit(job, file.unfinished(job))] = (name, place)
+                except BrokenProcessPool as error:  # one of the processes was killed: what is finished is kept
+                    ended(name, place, error)
         advance(name)
 
     def advance(name: Any) -> None:

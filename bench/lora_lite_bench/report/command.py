@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_lite_core.contract.errors import LoraLiteError
+from lora_lite_core.contract.text import count
 
 OUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -36,6 +37,7 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
     An adapter file, FILE.safetensors, of AntiPaSTO, its family or SSVD becomes FILE.png: how far singular values are
     shifted and singular directions turned, layer by layer.
     """
+    _check_places(files, page, text)
     adapters = [path for path in files if path.suffix == ".safetensors"]
     files = tuple(path for path in files if path not in adapters)
     if not files and (page or text):
@@ -48,7 +50,7 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
     from ..comparing.table import tables
     from .markdown import markdown
     from .page import png as as_png
-    from .page import write_page
+    from .page import write, write_page
     from .pictures import pictures
 
     try:
@@ -60,18 +62,32 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
         raise click.ClickException(f"no finished run in {', '.join(map(str, files))}; type: lora-lite bench")
     if page or not (png or text):
         write_page(page or Path("report.html"), records)
-        click.echo(f"{page or 'report.html'}: {len(made)} tables of {len(records)} lines")
+        click.echo(f"{page or 'report.html'}: {count(len(made), 'table')} of {count(len(records), 'line')}")
     if text:
-        text.write_text(markdown(made), encoding="utf-8")
-        click.echo(f"{text}: {len(made)} tables")
+        write(text, markdown(made))
+        click.echo(f"{text}: {count(len(made), 'table')}")
     if png:
         png.mkdir(parents=True, exist_ok=True)
-        names = [table.task for table in made]
+        names, drawn = [table.task for table in made], 0
         for number, table in enumerate(made):
             task = f"{table.task}-{number}" if names.count(table.task) > 1 else table.task
             for name, _, figure in pictures(table):
                 (png / f"{task}-{name}.png").write_bytes(as_png(figure))
-        click.echo(f"{png}: {len(list(png.glob('*.png')))} pictures")
+                drawn += 1
+        click.echo(f"{png}: {count(drawn, 'picture')}")
+
+
+def _check_places(files: tuple[Path, ...], page: Path | None, text: Path | None) -> None:
+    """Nothing that is read, or written already, is written over."""
+    taken = {path.resolve() for path in files}
+    for option, path in (("--html", page or Path("report.html")), ("--markdown", text)):
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise click.UsageError(f"{option} {path} would replace a file of this command; give another name")
+        if not path.parent.is_dir():
+            raise click.UsageError(f"{option} {path}: folder {path.parent} does not exist")
+        taken.add(path.resolve())
 
 
 def _draw(path: Path, folder: Path) -> None:

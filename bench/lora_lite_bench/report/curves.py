@@ -22,12 +22,12 @@ def rates(table: TaskTable) -> Figure | None:
     rows = [row for row in table.rows if len({lr for lr, _ in row.curve}) > 1]
     if not rows:
         return None
-    shortest = {row.method: min(steps for _, steps in row.curve) for row in rows}
-    curves = {row.method: _at(row, shortest[row.method]) for row in rows}
+    shortest = {row.label: min(steps for _, steps in row.curve) for row in rows}
+    gap = (math.nan, math.nan)
+    others = [point for row in rows for point in (*_at(row, shortest[row.label]), gap)]  # one line, for many panels
 
     def draw(axes: Axes, row: Row) -> None:
-        for other in rows:
-            axes.plot(*zip(*curves[other.method], strict=True), color=FAINT, lw=0.8, zorder=1)
+        axes.plot(*zip(*others, strict=True), color=FAINT, lw=0.8, zorder=1)
         for size, steps in enumerate(sorted({steps for _, steps in row.curve}), 1):
             points = _at(row, steps)
             axes.plot(
@@ -40,15 +40,18 @@ def rates(table: TaskTable) -> Figure | None:
         axes.set_xscale("log")
         axes.set_yscale("log")
 
-    titles = [f"{row.method}: {row.main.lr:.2g}" for row in rows]
+    titles = [f"{row.label}: {row.main.lr:.2g}" for row in rows]
     figure = _panels(rows, titles, draw, "learning rate (log)", "validation loss (log)")
     low, high = min(row.main.lr for row in rows), max(row.main.lr for row in rows)
+    says = f"the best rates lie between {low:.2g} and {high:.2g}, so one rate for all would be unfair"
+    if low == high:
+        says = f"the best rate is {low:.2g}" + (" for all" if len(rows) > 1 else "")
     headline(
         figure,
-        f"{table.task}: the best rates lie between {low:.2g} and {high:.2g}, so one rate for all would be unfair",
+        f"{table.task}: {says}",
         "First seed. Grey: the other methods' shortest runs. Short runs (small dots) try all rates, the best go on to "
-        "longer ones (larger dots); "
-        "dotted and beside the name: the rate that validation chose. Rates at which training fell apart have no point.",
+        "longer ones (larger dots). Dotted and beside the name: the rate with the best validation score, the mean over "
+        "seeds, of the longest runs. Rates at which training fell apart have no point.",
         105,
     )
     return figure
@@ -64,26 +67,27 @@ def losses(table: TaskTable) -> Figure | None:
     rows = [row for row in table.rows if row.first.losses]
     if not rows:
         return None
-    means = {row.method: _mean_losses(row) for row in rows}
-    reference = means.get(REFERENCE)
+    means = {row.label: _mean_losses(row) for row in rows}
+    lora = table.row(REFERENCE)
+    reference = means.get(lora.label) if lora else None
 
     def draw(axes: Axes, row: Row) -> None:
         if reference is not None:
             axes.plot(reference, color=ACCENT, lw=1, alpha=0.5)
         for run in row.main.runs.values():
             axes.plot(run.losses, color=FAINT, lw=0.6, zorder=1)
-        axes.plot(means[row.method], color=colour(row), lw=1.6, zorder=3)
+        axes.plot(means[row.label], color=colour(row), lw=1.6, zorder=3)
         axes.set_yscale("log")
 
-    figure = _panels(rows, [row.method for row in rows], draw, "step", "training loss (log)")
+    figure = _panels(rows, [row.label for row in rows], draw, "step", "training loss (log)")
     quick = min(
         (row for row in rows if row.method not in ANCHORS),
-        key=lambda row: means[row.method][len(means[row.method]) // 2 :][0],
+        key=lambda row: means[row.label][len(means[row.label]) // 2 :][0],
         default=rows[0],
     )
     headline(
         figure,
-        f"{table.task}: half-way through, {quick.method} has the lowest training loss",
+        f"{table.task}: half-way through, {quick.label} has the lowest training loss",
         f"Dark: mean over seeds, smoothed over five steps; grey: single seeds; orange: {REFERENCE}. "
         "All see the same batches.",
         105,

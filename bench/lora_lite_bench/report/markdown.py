@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from lora_lite_core.contract.text import plain
 
-from ..comparing.table import HEADS, TaskTable, caption, cells
+from ..comparing.caption import caption
+from ..comparing.table import HEADS, TaskTable, cells
 
 
 def markdown(made: Sequence[TaskTable]) -> str:

@@ -48,7 +48,7 @@ def scores(table: TaskTable) -> Figure:
         single = [100 * value for value in row.main.by_seed().values()]
         axes.scatter(single, [y] * len(single), s=12, color=colour(row), alpha=0.35, lw=0)
         axes.errorbar(100 * found.mean, y, xerr=100 * half, fmt="o", color=colour(row), ms=6, capsize=3, lw=1.4)
-    axes.set_yticks(range(len(rows)), [f"{row.method}" for row in rows], parse_math=False)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], parse_math=False)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_color(colour(row))
     axes.set_xlabel("test score, %")
@@ -57,15 +57,21 @@ def scores(table: TaskTable) -> Figure:
     headline(
         figure,
         f"{table.task}: {_said(table)}",
-        f"{table.steps} steps; large dots: mean and {LEVEL:.0%} interval over seeds, small dots: single seeds. "
+        f"{table.steps} steps{_but(table)}; large dots: mean and {LEVEL:.0%} interval over seeds, small: single seeds. "
         f"Better and worse: by differences paired over seeds, so bars may overlap. Band: {REFERENCE}.",
     )
     return figure
 
 
+def _but(table: TaskTable) -> str:
+    """Who was trained for other steps."""
+    rows = [row for row in table.rows if row.method != FROZEN and row.main.steps != table.steps]
+    return f" ({', '.join(f'{row.label}: {row.main.steps:,}' for row in rows)})" if rows else ""
+
+
 def _said(table: TaskTable) -> str:
     """How many methods can be told from the reference."""
-    methods = [row for row in table.rows if row.method not in (*ANCHORS, REFERENCE)]
+    methods = [row for row in table.rows if row.method not in ANCHORS and row.against != row.label]
     differences = [(row, row.difference.get("defaults")) for row in methods]
     compared = [row for row, difference in differences if difference is not None and difference.count > 1]
     if not compared:
@@ -101,14 +107,17 @@ def parameters(table: TaskTable) -> Figure | None:
     axes.set_ylabel("test score, %")
     axes.margins(0.1)
     axes.set_ylim(-3, 103)
-    name_points(axes, points)
-    best = [row.method for _, _, row in front]
+    best = [row.label for _, _, row in front]
+    verb = "scores" if len(best) == 1 else "score"
+    says = f"for the parameters that they train, {_listed(best)} {verb} highest" if best else "the anchors alone"
     headline(
         figure,
-        f"{table.task}: no variant with fewer parameters scores higher than {_listed(best)}",
-        f"The grey steps are the Pareto front of mean scores; bars: {LEVEL:.0%} interval over seeds. "
-        "Points whose bars reach the steps may belong to it.",
+        f"{table.task}: {says}",
+        "Grey steps: the Pareto front of mean scores, no variant with fewer parameters scores higher than those on it; "
+        f"bars: {LEVEL:.0%} interval over seeds. Points whose bars reach the steps may belong to it.",
     )
+    halves = [100 * row.main.test.half for _, _, row in points]
+    name_points(axes, points, [half if math.isfinite(half) else 0.0 for half in halves])
     return figure
 
 
@@ -120,8 +129,8 @@ def costs(table: TaskTable) -> Figure | None:
     figure, axes = new(11.5, 1.9 + 0.3 * len(rows), 1, 3, sharey=True)
     kinds = (
         ("forward + backward, × the frozen model", lambda row: row.costs.ratio, "{:.2f}"),
-        ("peak memory of a first step, MB", lambda row: row.costs.peak_mb, "{:.0f}"),
-        ("added MACs per token, thousands", lambda row: row.costs.added_macs_per_token / 1e3, "{:.0f}"),
+        ("peak memory of a first step, MB", lambda row: row.costs.peak_mb, "{:,.1f}"),
+        ("added MACs per token, thousands", lambda row: row.costs.added_macs_per_token / 1e3, "{:,.0f}"),
     )
     for one, (label, value, form) in zip(axes, kinds, strict=True):
         values = [value(row) for row in rows]
@@ -130,13 +139,13 @@ def costs(table: TaskTable) -> Figure | None:
         one.set_xlim(0, max(max(values), 1e-9) * 1.2)
         one.set_xlabel(label)
         one.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(rows)), [row.method for row in rows], parse_math=False)
+    axes[0].set_yticks(range(len(rows)), [row.label for row in rows], parse_math=False)
     axes[0].axvline(1, color=INK, lw=1, ls=":")
     fast = min(
         (row for row in rows if row.method not in ANCHORS), key=lambda r: r.costs.ratio if r.costs else 0, default=None
     )
     says = f"{table.task}: what a training step costs" + (
-        f"; of the variants {fast.method} is fastest, {fast.costs.ratio:.2f} × the frozen model"
+        f"; of the variants {fast.label} is fastest, {fast.costs.ratio:.2f} × the frozen model"
         if fast and fast.costs
         else ""
     )
@@ -165,7 +174,6 @@ def forgetting(table: TaskTable) -> Figure | None:
     frozen = table.row(FROZEN)
     own = 100 * (frozen.first.own or 0.0) if frozen else 0.0
     axes.set_xlim(min(0.0, *(x for x, _, _ in points)) - 3, 1.15 * own)
-    name_points(axes, points)
     least, most = min(x for x, _, _ in points), max(x for x, _, _ in points)
     says = (
         f"{table.task}: learning it costs between {least:.0f} and {most:.0f} of the {own:.0f} points "
@@ -174,6 +182,7 @@ def forgetting(table: TaskTable) -> Figure | None:
     if least > 0.9 * own:
         says = f"{table.task}: whatever learns it forgets the base's own task, {own:.0f} points before"
     headline(figure, says, "Up: learned more. Left: forgot less. The best corner is top left.")
+    name_points(axes, points)
     return figure
 
 

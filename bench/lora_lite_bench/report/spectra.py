@@ -15,7 +15,7 @@ from .style import ACCENT, INK, headline, new
 
 def spectra(table: TaskTable) -> Figure | None:
     row = next((row for row in table.rows if row.first.spectrum), None)
-    return row and layer_by_layer(row.first.spectrum, f"{table.task}: {row.method}", "One row a layer, first seed.")
+    return row and layer_by_layer(row.first.spectrum, f"{table.task}: {row.label}", "One row a layer, first seed.")
 
 
 def layer_by_layer(found: Mapping[str, Change], who: str, rows: str) -> Figure:

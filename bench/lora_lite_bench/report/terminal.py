@@ -9,7 +9,8 @@ from rich.text import Text
 
 from lora_lite_core.contract.text import plain
 
-from ..comparing.table import COSTS, HEADS, SCORES, TaskTable, caption, cells
+from ..comparing.caption import caption
+from ..comparing.table import COSTS, HEADS, SCORES, TaskTable, cells
 
 
 def terminal_tables(table: TaskTable) -> Iterator[Table]:

@@ -19,14 +19,15 @@ from torch import nn
 
 import lora_lite_core as ll
 
-from ..tasks import Batch, Task, make_task
+from ..tasks import Batch, Split, Task, make_task
 from ..tasks.lookup import source_of
 from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
 from .model_state import spectrum, weights_hash
-from .scoring import score, valid_loss
+from .scoring import mean, scores, valid_loss
 from .training import Training, on_device
 
 CALIBRATION_BATCHES = 8
+SCORED: tuple[Split, ...] = ("valid", "test", "own")
 COMPARED = 8  # examples whose outputs are compared after save and load
 RELOAD_LIMIT = 1e-5  # largest difference of an output after save and load, in float32
 
@@ -39,6 +40,7 @@ class Job:
     steps   of this run; a run in which `whole` is true is scored on the test split, saved and reloaded, too
     column  "defaults", or "matched": a rank was chosen for as many parameters as the reference's
     label   what the tables call it: the method, with the fields that the user has set
+    own_steps  whether the steps are the method's own (BENCH), not those of the others
     """
 
     task: str
@@ -52,6 +54,7 @@ class Job:
     column: str = "defaults"
     label: str = ""
     file: str = ""
+    own_steps: bool = False
 
     def make_task(self) -> Task:
         return make_task(self.task, self.knobs)
@@ -59,16 +62,27 @@ class Job:
     def key(self) -> dict[str, Any]:
         """What a result is found again by: the job, and the code of its task and its method."""
         spec = asdict(self)
-        del spec["file"], spec["column"], spec["label"]
-        paths = [source_of(source) for source in self.make_task().sources()]
-        if self.method not in ANCHORS:
-            paths.append(source_of(variant_of(self).Config))
-        return {**spec, "source": source_hash(*paths)}
+        del spec["file"], spec["column"], spec["label"], spec["own_steps"]
+        return {**spec, "source": source_hash(*self._task_files(), *self._method_files())}
+
+    def code(self) -> tuple[str, str]:
+        """Hashes of the task's code and of the method's, "" of an anchor's: results of other code are others."""
+        files = self._method_files()
+        return source_hash(*self._task_files()), source_hash(*files) if files else ""
+
+    def _task_files(self) -> list[Path | None]:
+        return [source_of(source) for source in self.make_task().sources()]
+
+    def _method_files(self) -> list[Path | None]:
+        return [] if self.method in ANCHORS else [source_of(variant_of(self).Config)]
 
 
 @dataclass
 class Result:
-    """One line of the results file, less what every line has (see results.py)."""
+    """One line of the results file, less what every line has (see results.py).
+
+    examples  how many were scored, of "valid" and of "test"
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
@@ -78,6 +92,7 @@ class Result:
     valid: float | None = None
     valid_loss: float | None = None
     own: float | None = None
+    examples: dict[str, int] = field(default_factory=dict)
     file_bytes: int | None = None
     reload_error: float | None = None
     init_s: float = 0.0
@@ -127,8 +142,9 @@ def run(job: Job, place: Path | None = None, advance: Callable[[], None] = lambd
         _check_base(job, model, _pristine(task)[0])
     result.valid_loss = valid_loss(task, model, processor)
     if job.whole:
-        result.valid = score(task, model, processor, "valid")
-        result.test, result.own = score(task, model, processor, "test"), score(task, model, processor, "own")
+        found = {split: scores(task, model, processor, split) for split in SCORED}
+        result.valid, result.test, result.own = map(mean, found.values())
+        result.examples = {split: len(found[split]) for split in ("valid", "test")}
         if job.method in ANCHORS:
             trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             result.file_bytes = len(safetensors.torch.save(trained)) if trained else 0

@@ -19,13 +19,22 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def score(task: Task, model: nn.Module, processor: Any, split: Split) -> float | None:
-    """The mean score of a split's examples; None where the task has none."""
+def scores(task: Task, model: nn.Module, processor: Any, split: Split) -> list[float]:
+    """Of each example of a split."""
 
     def of(part: Batch) -> list[float]:
         return task.correct(model, processor, on_device(part, model)).float().cpu().tolist()
 
-    found = [value for values in _each(task, model, processor, split, of) for value in values]
+    return [value for values in _each(task, model, processor, split, of) for value in values]
+
+
+def score(task: Task, model: nn.Module, processor: Any, split: Split) -> float | None:
+    """The mean score of a split."""
+    return mean(scores(task, model, processor, split))
+
+
+def mean(found: list[float]) -> float | None:
+    """The mean score; None where a task has no such examples."""
     return torch.tensor(found).mean().item() if found else None
 
 

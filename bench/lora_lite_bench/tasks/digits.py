@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from .cache import made
 from .interface import Batch, Split, Task
-from .lookup import TaskError
+from .lookup import TaskError, model_of
 
 MAKING = 300  # steps in which the base is made
 
@@ -37,7 +37,9 @@ class Digits(Task):
             _folder()
 
     def load(self) -> tuple[nn.Module, Any]:
-        model = AutoModelForImageClassification.from_pretrained(self.model or _folder(), dtype=self.torch_dtype)
+        folder = self.model or _folder()
+        with model_of(self.model):
+            model = AutoModelForImageClassification.from_pretrained(folder, dtype=self.torch_dtype)
         return model.eval(), None
 
     def batches(self, processor: Any, split: Split, seed: int) -> Iterator[Batch]:

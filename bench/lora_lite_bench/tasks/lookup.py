@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_lite_core.discovery.entry_points import Entry, entries
 from lora_lite_core.discovery.name_conflicts import state_of
 
 from .interface import Protocol, Task
+from .knobs import wrong
 
 GROUP = "lora_lite.tasks"
 HOMES: dict[str, str] = dict.fromkeys(("shifted", "facts", "order", "digits", "gsm8k"), "lora-lite-bench")
@@ -65,10 +67,27 @@ def make_task(name: str, knobs: Mapping[str, Any]) -> Task:
             raise TaskError(
                 f"task '{name}' has no knob {plain(repr(knob))}{did_you_mean(knob, known)}; knobs: {listed(known, 40)}"
             )
+    if reason := wrong(cls, knobs):
+        raise TaskError(f"task '{name}': {reason}")
     try:
         return cls(**knobs)
     except Exception as error:
         raise TaskError(f"task '{name}' refuses {plain(dict(knobs))}: {told(error)}") from error
+
+
+@contextmanager
+def model_of(name: str) -> Generator[None]:
+    """Around the reading of a model that was asked for. Raises TaskError where that fails."""
+    try:
+        yield
+    except LoraLiteError:
+        raise
+    except Exception as error:
+        place = "" if Path(name).exists() else ", and no folder of that name is here"
+        raise TaskError(
+            f"model {plain(name)} cannot be loaded{place}: {told(error)}\n"
+            "  give --model FOLDER, with all that save_pretrained writes of a model and of its tokenizer"
+        ) from error
 
 
 def protocol_of(name: str, asked: str, knobs: Mapping[str, Any]) -> Protocol | None:

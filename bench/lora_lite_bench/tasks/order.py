@@ -16,6 +16,7 @@ from .cache import made
 from .interface import Batch, Split, Task
 from .language.arithmetic import ITEMS, NAMES, split_of
 from .language.base_model import PAD, new_tokenizer
+from .lookup import model_of
 
 MAKING = 600  # steps in which the base is made
 Pair = tuple[int, int]
@@ -41,9 +42,10 @@ class Order(Task):
             _folder()
 
     def load(self) -> tuple[nn.Module, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(self.model) if self.model else new_tokenizer()
         folder = self.model or _folder()
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=4, dtype=self.torch_dtype)
+        with model_of(self.model):
+            tokenizer = AutoTokenizer.from_pretrained(self.model) if self.model else new_tokenizer()
+            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=4, dtype=self.torch_dtype)
         return model.eval(), tokenizer
 
     def batches(self, processor: Any, split: Split, seed: int) -> Iterator[Batch]:

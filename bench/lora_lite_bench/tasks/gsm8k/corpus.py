@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain, told
 
 from ..cache import cache_folder
 from ..lookup import TaskError
+from . import final_answers
 
 LONGEST = 1300  # characters of a query and its response together: longer ones are left out, as in PEFT's comparison
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -58,17 +60,37 @@ def texts(part: Part, data: str) -> tuple[Text, ...]:
             f"{source.file} of task 'gsm8k' has no column {' and no '.join(lacking)}; it has "
             f"{plain(', '.join(rows.column_names))}, and needs {' and '.join(source.columns)}"
         )
-    pairs = zip(*(rows[name][:] for name in source.columns), strict=True)  # not row by row
-    found = [Text(str(question), str(answer)) for question, answer in pairs]
+    found = _texts(rows, source)
     if part == "train":
-        found = [text for text in found if len(f"{text.question} {text.answer}") <= LONGEST]
+        every, found = found, [text for text in found if len(f"{text.question} {text.answer}") <= LONGEST]
+        if every and not found:
+            raise TaskError(f"{source.file} of task 'gsm8k': each of its texts is longer than {LONGEST:,} characters")
+    elif unanswered := [n for n, text in enumerate(found, 1) if final_answers.answer_of(text.answer) is None]:
+        raise TaskError(
+            f"{source.file} of task 'gsm8k': {len(unanswered):,} of {len(found):,} have no final answer, row "
+            f"{unanswered[0]} is the first; GSM8K's answers end with a line as '#### 12'"
+        )
     if part == "valid":
         order = np.arange(len(found))
         np.random.RandomState(0).shuffle(order)
         found = [found[n] for n in order]
-    if not found:
-        raise TaskError(f"{source.file} of task 'gsm8k' holds no text")
     return tuple(found)
+
+
+def _texts(rows: Any, source: Source) -> list[Text]:
+    try:
+        pairs = list(zip(*(rows[name][:] for name in source.columns), strict=True))  # not row by row
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{source.file} of task 'gsm8k' is not in UTF-8: {told(error)}") from error
+    for number, pair in enumerate(pairs, 1):
+        for name, value in zip(source.columns, pair, strict=True):
+            if not isinstance(value, str):
+                raise TaskError(
+                    f"{source.file} of task 'gsm8k', row {number:,}: {name} is {plain(value, 60)}, and text is needed"
+                )
+    if not pairs:
+        raise TaskError(f"{source.file} of task 'gsm8k' holds no text")
+    return [Text(*pair) for pair in pairs]
 
 
 def _datasets() -> Any:
@@ -93,16 +115,29 @@ def _from_folder(folder: Path, source: Source) -> Any:
         for file in sorted(place.glob(pattern))
         if file.suffix in KINDS
     ]
-    files = [file for file in files if file.suffix == files[0].suffix and file.parent == files[0].parent]
     if not files:
         raise TaskError(f"--data {plain(folder)} has no {source.file}.jsonl (or .json, .parquet){_wanted()}")
+    if len({(file.parent, file.suffix) for file in files}) > 1:
+        names = listed([str(file.relative_to(folder)) for file in files], 8)
+        raise TaskError(f"--data {plain(folder)} has {source.file} in more than one form: {plain(names)}; keep one")
+    empty = [file for file in files if not file.stat().st_size]
+    if empty:
+        raise TaskError(f"{plain(empty[0])} is empty{_wanted()}")
     datasets = _datasets()
     names = [str(file) for file in files]
     cache = str(cache_folder() / "datasets")
     try:
         return datasets.load_dataset(KINDS[files[0].suffix], data_files=names, split="train", cache_dir=cache)
     except Exception as error:
-        raise TaskError(f"{plain(files[0])} cannot be read as {files[0].suffix[1:]}: {told(error)}") from error
+        of = plain(", ".join(file.name for file in files))
+        raise TaskError(f"{plain(files[0].parent)}: {of} cannot be read: {plain(_reason(error))}{_wanted()}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the first of the errors says: datasets wraps the one that names the row."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return told(error)
 
 
 def _from_hub(source: Source) -> Any:

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_lite_core.contract.errors import listed
-from lora_lite_core.contract.text import plain, told
+from lora_lite_core.contract.text import plain
 
-from ..lookup import TaskError
+from ..lookup import TaskError, model_of
 
 QUANTIZED = ("nf4", "fp4", "int8")
 
@@ -32,31 +32,36 @@ def check(model: str, quantize: str) -> None:
         if find_spec(name) is None:
             extra = "lora-lite-bench[gsm8k]" if name == "accelerate" else name
             raise TaskError(f"task 'gsm8k' needs {name}; type: pip install '{extra}'")
-    try:
+    with model_of(model):
         AutoConfig.from_pretrained(model)
-    except Exception as error:
-        raise TaskError(
-            f"model {plain(model)} cannot be had: {told(error)}\n  give --model FOLDER, as save_pretrained writes one"
-        ) from error
 
 
 def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> tuple[nn.Module, Any]:
     """The model in eval mode, and its tokenizer, which pads with a token that it has (or the end of text). Raises
-    TaskError for a model without all of its weights, or a tokenizer that cannot end a text."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    TaskError for a model without all of its weights, or a tokenizer that is not its own, or cannot end a text."""
+    with model_of(model):
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.tokenize("Question: 1 + 2"):  # transformers makes an empty one where the files are not there
+        raise TaskError(f"the tokenizer of {plain(model)} knows no words: its files, as tokenizer.json, are not there")
     if tokenizer.eos_token_id is None:
         raise TaskError(f"the tokenizer of {plain(model)} has no end-of-text token: answers could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     more: dict[str, Any] = {"quantization_config": _bitsandbytes(quantize, dtype)} if quantize else {}
-    found: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map={"": device()}, output_loading_info=True, **more
-    )
+    with model_of(model):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, device_map={"": device()}, output_loading_info=True, **more
+        )
     loaded, report = found
     if missing := sorted(report["missing_keys"]):
         raise TaskError(
             f"{plain(model)} has no {plain(listed(missing, 4))}: the language model would begin with random weights "
             "there; give --model a model that was saved with them"
+        )
+    if len(tokenizer) > (rows := loaded.get_input_embeddings().weight.shape[0]):
+        raise TaskError(
+            f"the tokenizer of {plain(model)} has {len(tokenizer):,} tokens, the model's embedding {rows:,}: they are "
+            "not of one model"
         )
     if checkpointing:
         enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable

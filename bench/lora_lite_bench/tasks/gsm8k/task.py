@@ -74,8 +74,9 @@ class Gsm8k(Task):
             raise ValueError(f"prompt={self.prompt!r} has no {{query}}, the place of the question")
         if self.answers not in final_answers.RULES:
             raise ValueError(f"answers={self.answers!r}: one of {', '.join(final_answers.RULES)}")
-        if self.trained_on not in ("answer", "all"):
-            raise ValueError(f"trained_on={self.trained_on!r}: answer or all")
+        for name in ("valid_count", "test_count", "scored_at_once", "length", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
 
     def prepare(self) -> None:
         for part in corpus.SOURCES:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..interface import Batch, Split, Task
+from ..lookup import model_of
 from .arithmetic import GIFT, ITEMS, NAMES, REFUND, Problem, problem, problems
 from .base_model import PACKAGED, encode, load_base, loss_of
 
@@ -33,7 +34,8 @@ class TextTask(Task):
     valid_count: int = 200
 
     def load(self) -> tuple[nn.Module, Any]:
-        return load_base(self.model or PACKAGED, self.torch_dtype)
+        with model_of(self.model):
+            return load_base(self.model or PACKAGED, self.torch_dtype)
 
     @abstractmethod
     def drawn(self, rng: random.Random) -> list[Problem]:

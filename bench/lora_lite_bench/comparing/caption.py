@@ -1,0 +1,49 @@
+"""What stands below a table: what its numbers are, in plain words."""
+
+from __future__ import annotations
+
+from lora_lite_core.contract.text import count
+
+from ..runs.methods import FROZEN
+from .noise import LEVEL
+from .table import Row, TaskTable
+
+
+def caption(table: TaskTable) -> str:
+    """How many seeds and examples, which rates were swept, and what is not as in the other rows."""
+    several = any(len(row.main.runs) > 1 for row in table.rows)
+    sentences = [
+        f"± {LEVEL:.0%} interval of the mean over seeds" if several else "One seed: no interval can be given",
+        *_rates([row for row in table.rows if row.method != FROZEN]),
+        "Seeds paired: same batches, same start",
+    ]
+    if several:
+        sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
+    sentences += [*_examples(table.rows), *_other_steps(table)]
+    if table.left_out:
+        sentences.append(f"Left out: {count(table.left_out, 'line')} of older code")
+    return ". ".join(sentences) + "."
+
+
+def _rates(rows: list[Row]) -> list[str]:
+    tried = sorted({lr for row in rows if row.swept for lr, _ in row.curve if lr})
+    stated = [f"{row.label} {row.main.lr:.2g}" for row in rows if not row.swept]
+    if not tried:
+        return ["Rates as the command, the protocol or the module (BENCH) states them, not swept"] if stated else []
+    said = f"Rates from {tried[0]:.2g} to {tried[-1]:.2g}, chosen on validation, reported on test"
+    return [said, *([f"Stated, not swept: {', '.join(stated)}"] if stated else [])]
+
+
+def _examples(rows: list[Row]) -> list[str]:
+    """Of the splits, where the lines say it: how fine a score can be."""
+    said = list[str]()
+    for split in ("test", "valid"):
+        counts = sorted({row.first.examples[split] for row in rows if split in row.first.examples})
+        said += [f"{split} % of {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
+    return [", ".join(said).capitalize()] if said else []
+
+
+def _other_steps(table: TaskTable) -> list[str]:
+    rows = [row for row in table.rows if row.method != FROZEN and row.main.steps != table.steps]
+    other = ", ".join(f"{row.label} {row.main.steps:,}" for row in rows)
+    return [f"Trained for steps of its own, as its module states (BENCH): {other}"] if other else []
