@@ -187,14 +187,13 @@ def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
         "    time.sleep(600)\n",
         encoding="utf-8",
     )
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        assert _lives(worker)
-    finally:
-        parent.kill()
-        parent.wait()
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            worker = int(parent.stdout.readline())
+            assert _lives(worker)
+        finally:
+            parent.kill()
     until = time.monotonic() + 60
     while _lives(worker) and time.monotonic() < until:
         time.sleep(0.05)
