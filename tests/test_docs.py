@@ -14,7 +14,6 @@ import torch
 import lora_lite as ll
 
 from .models import net, token_ids, train
-from .usual import SPREAD
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,19 +144,50 @@ def test_the_example_readme_shows_its_row() -> None:
     assert f"scale    lora-lite-scale 0.3.0  ok     {docstring}" in (example / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_performance_page_shows_the_table_that_the_command_prints() -> None:
-    from lora_lite_bench.speed.command import HEADS, INIT_HEADS
-    from lora_lite_bench.speed.steps import Settings, cases
+def _tables(page: str) -> list[list[list[str]]]:
+    """Its Markdown tables as rows of cells, the line under the heads left out."""
+    found = re.findall(r"(?:^\|.*\|\n)+", page, flags=re.M)
+    rows = [[[c.strip() for c in line.strip("|").split("|")] for line in one.strip().splitlines()] for one in found]
+    return [[table[0], *table[2:]] for table in rows]
+
+
+def test_the_performance_page_shows_the_tables_that_its_commands_print() -> None:
+    import shlex
+
+    from lora_lite_bench.speed import tables
+    from lora_lite_bench.speed.command import speed
+    from lora_lite_bench.speed.contestants import Settings, cases
 
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    first, second = (
-        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
-        for table in re.findall(r"(?:^\|.*\|\n)+", page, flags=re.M)
-    )
-    assert (tuple(first[0]), tuple(second[0])) == (HEADS, INIT_HEADS)
-    labels = [case.label for case in cases([name for name in SPREAD if name != "trainable_tokens"], Settings())]
-    assert [row[0] for row in first[2:]] == ["frozen", *labels]
-    assert "    lora-lite speed\n" in page
+    commands = re.findall(r"^    lora-lite speed (.+)$", page, flags=re.M)
+    asked = [speed.make_context("speed", shlex.split(command)).params for command in commands]
+    assert {part for one in asked for part in one["parts"]} == {"model", "layers", "growth", "starts", "imports"}
+    heads = [tuple(table[0]) for table in _tables(page)]
+    assert heads[0] == tables.HEADS
+    assert {tables.LYCORIS_HEADS, tables.GROWTH_HEADS, tables.INIT_HEADS, tables.IMPORT_HEADS} <= {*heads}
+    labels = [case.label for case in cases([*asked[0]["variants"]], Settings())]
+    assert [row[0] for row in _tables(page)[0][1:]] == ["frozen", *labels]
+    every = {info.name for info in ll.list_variants()}
+    whole = max(_tables(page), key=len)
+    assert every - {row[0] for row in whole} <= {"antipasto", *_without_a_layer()}, "each variant's costs are told"
+
+
+def _without_a_layer() -> set[str]:
+    """The variants that a single linear layer, without settings, does not carry."""
+    from lora_lite_bench.command import variant_names
+
+    return {info.name for info in ll.list_variants()} - {*variant_names((), True)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_small_table_quotes_the_performance_page(name: str) -> None:
+    heads, *rows = _tables((ROOT / "docs/performance.md").read_text(encoding="utf-8"))[0]
+    places = [heads.index("step ms") + 1, heads.index("token ms") + 1, heads.index("attach ms") + 1, len(heads) - 1]
+    known = {row[0]: [row[place] for place in places] for row in rows}
+    small = [table for table in _tables((ROOT / name).read_text(encoding="utf-8")) if "training step" in table[0]]
+    assert len(small) == 1
+    for method, *numbers in small[0][1:]:
+        assert numbers == known[method.lower()], method
 
 
 def test_pages_made_from_the_code_are_current() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lora_lite_bench.runs.methods import config_for, fitting
-from lora_lite_bench.speed.steps import attach_ours
+from lora_lite_bench.speed.contestants import attach_ours
 from lora_lite_bench.tasks import make_task
 from lora_lite_bench.tasks.language.arithmetic import Split, problem
 from lora_lite_bench.tasks.language.base_model import PACKAGED, encode, load_base, loss_of

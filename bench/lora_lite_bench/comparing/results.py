@@ -57,7 +57,9 @@ def environment(job: Job) -> dict[str, str]:
     own = [task_distribution(job.task)]
     if job.method not in ANCHORS:
         own.append(variant_of(job).distribution)
-    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
+    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": processor()}
+    if torch.cuda.is_available():
+        machine["processor"] += f", {torch.cuda.get_device_name()}"
     return {**versions(*PACKAGES, *sorted({*own} - {*PACKAGES})), **machine, "cores": str(cores())}
 
 
@@ -66,13 +68,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     found = next((line.partition(":")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return plain(found.strip(), 100) + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    return plain(found.strip(), 100)
 
 
 class ResultsFile:

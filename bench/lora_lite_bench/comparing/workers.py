@@ -4,7 +4,9 @@ result."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,9 +53,17 @@ def workers(count: int, advance: Callable[[], None] = nothing, threads: int | No
 
 
 def _start() -> None:
-    """In a new worker. The parent alone hears Ctrl-C."""
+    """In a new worker. The parent alone hears Ctrl-C; a worker whose parent was killed ends, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def quiet(threads: int | None = 1) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_lite_core as ll
 
 from ..machine.costs import PeakMemory
-from .steps import interleave, milliseconds, ratio
+from ..machine.timing import interleave, milliseconds, ratio
 
 
 @dataclass(frozen=True)
