@@ -75,7 +75,12 @@ def outputs(model: nn.Module) -> Tensor:
     with torch.no_grad():
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             return model(IMAGE)
-        return model(TOKENS % 20).logits
+        asked = {"task_ids": torch.zeros(len(TOKENS), dtype=torch.long)} if _is_poly(model) else {}
+        return model(TOKENS % 20, **asked).logits
+
+
+def _is_poly(model: Any) -> bool:
+    return isinstance(model, peft.PeftModel) and model.peft_config["default"].peft_type == peft.PeftType.POLY
 
 
 class Case(NamedTuple):
@@ -129,8 +134,9 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "VBLoRA": ({"num_vectors": 20, "vector_length": 16}, 0.3, [{}, {"save_only_topk_weights": True}, {"topk": 3}, {"vblora_dropout": 0.1}]),
     "Vera": ({"r": 8}, 0.2, [{}, {"save_projection": False}, {"d_initial": 0.5}, {"vera_dropout": 0.1}, {"projection_prng_key": 3}]),
     "WaveFT": ({"n_frequency": 50}, 0.5, [{}, {"scaling": 5.0}, {"wavelet_family": "db4"}, {"use_idwt": False}, {"random_loc_seed": 3}, {"n_frequency_pattern": {"q_proj": 20}}, {"proportional_parameters": True}, ("llama", {"wavelet_family": "sym3"}, "the wavelets here are db1, db2")]),
-    "Adamss": ({"r": 8}, 0.05, [("llama", {}, r"no installed variant reads peft_type 'ADAMSS'(.|\n)*with PEFT: peft.save_as_lora")]),
-    "OSF": ({}, 0.05, [("llama", {}, r"no installed variant reads peft_type 'OSF'(.|\n)*with PEFT: peft.save_as_lora")]),
+    "Adamss": ({"r": 8}, 0.05, [{}, {"num_subspaces": 3}, {"subspace_rank": 2}]),
+    "OSF": ({}, 0.05, [{}, {"effective_rank": 8}]),
+    "Poly": ({"r": 4, "n_tasks": 1, "task_type": "CAUSAL_LM"}, 0.2, [{}, {"n_skills": 2}, {"n_splits": 2}]),
     "Lora": ({"r": 4, "lora_alpha": 6, "init_lora_weights": False}, 0.03, [
         {}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.1}, {"lora_alpha": 1.5}, {"target_modules": ["lm_head"]},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}, {"rank_pattern": {r".*layers\.0.*": 3}, "use_rslora": True},
@@ -219,6 +225,6 @@ def everywhere() -> dict[str, Case]:
                 "target_modules" in fields or "exclude_modules" in fields
             )
             not_there = (name == "stored transposed" and method not in STORED) or (method, name) in LEFT_OUT
-            if set(fields) <= held and not of_its_own and not not_there and method not in ("Adamss", "OSF"):
+            if set(fields) <= held and not of_its_own and not not_there:
                 made[f"{method} {name}"] = Case(base, method, {**needed, **fields}, size=size)
     return made

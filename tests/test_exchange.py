@@ -168,8 +168,8 @@ def edited(folder: Path, **fields: Any) -> Path:
             r"target_parameters: experts is no parameter of this model",
         ),
         (
-            {"peft_type": "POLY"},
-            r"no installed variant reads peft_type 'POLY' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: adalora, alora, bitfit",
+            {"peft_type": "XLORA"},
+            r"no installed variant reads peft_type 'XLORA' with lora_A.weight, lora_B.weight \(.*q_proj\)\n  variants that read PEFT's files: adalora, adamss, alora, bitfit",
         ),
         ({"bias": "some"}, "bias='some' in adapter_config.json: it is 'none', 'all' or 'lora_only'"),
         (

@@ -26,7 +26,7 @@ PROMPTS = {
     "CARTRIDGE",
     "ADAPTION_PROMPT",
 }
-NETWORKS = {"XLORA", "SHADOW", "POLY"}  # several adapters, another network, and what asks for task ids at every call
+NETWORKS = {"XLORA", "SHADOW"}  # several adapters, another network
 
 
 def saved(case: Case, folder: Path) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -292,7 +292,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "flag is a number": ("lora", fields(use_dora=1), "use_dora=1 in adapter_config.json: it is true or false"),
     "peft_type is null": ("lora", fields(peft_type=None), "peft_type=None in adapter_config.json: it is a text"),
     "peft_type is a list": ("lora", fields(peft_type=["LORA"]), r"peft_type=\['LORA'\] in adapter_config.json: it is a text"),
-    "peft_type is unknown": ("lora", fields(peft_type="POLY"), "no installed variant reads peft_type 'POLY' with lora_A.wei"),
+    "peft_type is unknown": ("lora", fields(peft_type="XLORA"), "no installed variant reads peft_type 'XLORA' with lora_A.wei"),
     "peft_type is long": ("lora", fields(peft_type="x" * 1_000_000), "no installed variant reads peft_type 'xxx"),
     "peft_type of another": ("lora", fields(peft_type="HRA"), "'hra_u' is missing, in adapter_config.json or among its tens"),
     "dropout of 1": ("lora", fields(lora_dropout=1), r"LoRAConfig\(dropout=1\): dropout is a number from 0 to below 1"),

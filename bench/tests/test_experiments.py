@@ -114,8 +114,8 @@ def test_training_parameters_that_are_refused(changes: dict[str, Any], message: 
 def test_folders_that_are_refused(places: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"adapter_config\.json cannot be read: FileNotFoundError"):
         protocol_of("gsm8k", str(tmp_path), places)
-    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
-    with pytest.raises(TaskError, match=r"init_lora_weights='olora'"):
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="corda")
+    with pytest.raises(TaskError, match=r"init_lora_weights='corda'"):
         protocol_of("gsm8k", experiment(tmp_path, cfg), places)
     cfg = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
     with pytest.raises(TaskError, match="has settings of single layers, as rank_pattern; take them out"):

@@ -49,7 +49,7 @@ def test_round_trips(tmp_path: Any) -> None:
 
 
 WRONG = {
-    "no variant": (lambda: LoraLiteConfig(), ll.ConfigError, "LoraLiteConfig needs a variant, as in variant='lora'\n  installed: adalora, alora, "),
+    "no variant": (lambda: LoraLiteConfig(), ll.ConfigError, "LoraLiteConfig needs a variant, as in variant='lora'\n  installed: adalora, adamss, alora, "),
     "no such variant": (lambda: LoraLiteConfig(variant="pisa"), ll.UnknownVariant, "no variant is called 'pisa'; did you mean 'pissa'?\n  installed: "),
     "no such field": (lambda: LoraLiteConfig(variant="hra", ranc=8), ll.ConfigError, "HRAConfig has no field 'ranc'"),
     "PEFT's name of a field": (lambda: LoraLiteConfig(variant="lora", lora_alpha=8), ll.ConfigError, "LoRAConfig has no field 'lora_alpha'; did you mean 'alpha'?\n  fields: "),

@@ -106,15 +106,6 @@ def test_a_scale_is_written_into_the_block(tmp_path: Path) -> None:
     torch.testing.assert_close(back(token_ids()), model(token_ids()), rtol=1e-4, atol=1e-5)
 
 
-def test_biases_of_peft_are_refused(tmp_path: Path) -> None:
-    import peft
-
-    theirs = peft.get_peft_model(net(), peft.MissConfig(r=4, target_modules=["q_proj"], bias="all"))
-    theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match="bias"):
-        ll.import_peft(net(), tmp_path / "theirs")
-
-
 def test_bat_on_four_bits() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)

@@ -188,7 +188,6 @@ REFUSED = {
     "bases": (peft.RandLoraConfig, {"save_projection": False}, r"save_projection=False: PEFT draws the bases anew, in a number"),
     "basis": (peft.FrodConfig, {"save_projection": False, "progressbar": False}, r"V is determined up to signs alone"),
     "sampling": (peft.PveraConfig, {"sample_at_inference": True}, r"sample_at_inference=True in adapter_config.json is not what"),
-    "bias": (peft.VeraConfig, {"bias": "vera_only"}, r"bias='vera_only' in adapter_config.json is not what variant 'vera' reads"),
     "dropout": (peft.VBLoRAConfig, {**vb, "vblora_dropout": 0.1}, r"vblora_dropout=0.1 in adapter_config.json: variant 'vb_lora'"),
 }  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_training_goes_on_from_a_file_without_a_jump(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"subspaces": 0}, r"AdaMSSConfig\(subspaces=0\): it is a whole number of at least 1"),
-        ({"dims": 1.5}, r"AdaMSSConfig\(dims=1.5\): it is a whole number"),
+        ({"dims": 1.5}, r"AdaMSSConfig\(dims=1.5\): dims is a whole number"),
         ({"target": 0}, r"AdaMSSConfig\(target=0\): it is a whole number"),
         ({"interval": 0}, r"AdaMSSConfig\(interval=0\): it is a whole number"),
         ({"threshold": 1.0}, r"AdaMSSConfig\(threshold=1.0\): a share from 0 to below 1"),

@@ -131,9 +131,9 @@ def test_under_adam_they_move_less_than_half_as_much_as_without(d_in: int, d_out
     [
         (0, r"OSFConfig\(keep=0\): a whole number of at least 1, or a share between 0 and 1"),
         (2.5, r"OSFConfig\(keep=2.5\): a whole number"),
-        (True, r"OSFConfig\(keep=True\): a whole number"),
-        ("half", r"OSFConfig\(keep='half'\): a whole number"),
-        (float("nan"), r"OSFConfig\(keep=nan\): a whole number"),
+        (True, r"OSFConfig\(keep=True\): keep is a finite number"),
+        ("half", r"OSFConfig\(keep='half'\): keep is a finite number"),
+        (float("nan"), r"OSFConfig\(keep=nan\): keep is a finite number"),
     ],
 )
 def test_values_that_make_no_sense(keep: Any, message: str) -> None:

@@ -201,8 +201,6 @@ def test_hira_of_embeddings(tmp_path: Path) -> None:
     [
         (peft.DeftConfig(r=4, para=True, target_modules=MODULES), "para=True takes a part of the weight out and puts"),
         (peft.PeanutConfig(r=4, act_fn="quick_gelu", target_modules=MODULES), "act_fn='quick_gelu' is none of relu, "),
-        (peft.DeftConfig(r=4, bias="deft_only", target_modules=MODULES), "bias"),
-        (peft.GloraConfig(r=4, bias="glora_only", target_modules=MODULES), "bias"),
     ],
 )
 def test_what_cannot_be_read(theirs: Any, message: str, tmp_path: Path) -> None:
