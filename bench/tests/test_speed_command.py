@@ -27,8 +27,8 @@ from lora_lite_bench.speed.contestants import (
 from lora_lite_bench.speed.growth import Sizes, growth
 from lora_lite_bench.speed.layers import Cell, OneLayer, floor_of, measure_cell, one_pass
 from lora_lite_bench.speed.starts import InitSettings, eva, pissa, principal_angle
-from lora_lite_bench.speed.steps import Contestant, new_model
-from lora_lite_bench.speed.tables import GROWTH_HEADS, HEADS, LYCORIS_HEADS, cell_rows
+from lora_lite_bench.speed.steps import Contestant, measure, new_model
+from lora_lite_bench.speed.tables import GROWTH_HEADS, HEADS, LYCORIS_HEADS, cell_rows, step_rows
 
 import lora_lite as ll
 
@@ -156,6 +156,20 @@ def test_what_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure_cell(Cell(64, "float32", True), cases([], TINY), [1], TINY, lambda kind: None)
     assert measured.failed["lora"] == "RuntimeError: no compiler"
     assert [set(row) for row in cell_rows(measured, 1)] == [{"label"}, {"label"}]
+
+
+def test_what_does_not_run_is_said_and_the_others_are_timed() -> None:
+    """PEFT's Poly asks for task ids at every call."""
+    case, said = Case("poly", "poly"), "ValueError: task_ids should not be None."
+    layer = measure_cell(Cell(64, "float32", False), [case], [1, 8], TINY, lambda kind: None)
+    assert layer.failed == {"poly in peft": said}
+    assert layer.samples[8].keys() == {FROZEN, "poly"}
+    model = measure([case], TINY, lambda kind: None)
+    assert model.failed == {"poly in peft": said}
+    assert step_rows(model, 1)[1].keys() >= {"step_ms", "token_ms", "attach_ms", "save_ms", "load_ms", "peak_mb"}
+    assert "poly in peft" not in model.samples["attach"]
+    rows = growth([case], TINY, Sizes((2,), (), ()), lambda: None)
+    assert rows[0].failed == {"poly in peft": said}
 
 
 def test_growth() -> None:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import lora_lite_core as ll
+from lora_lite_core.contract.text import plain
 
+Result = TypeVar("Result")
 FROZEN = "frozen"
 PEERS = ("peft", "lycoris")
 LYCORIS = {"lora": "locon", "loha": "loha", "lokr": "lokr"}  # our name of a method, and LyCORIS'
@@ -102,6 +104,17 @@ def builders(rows: list[Case], settings: Settings, base: nn.Module, data: Any) -
         if (attach := lycoris_twin(cfg)) is not None:
             build[theirs(case.label, "lycoris")] = attach
     return build
+
+
+def attempted(passes: Mapping[str, Callable[[], Result]], failed: dict[str, str]) -> dict[str, Result]:
+    """What the passes give, by name; of one that raises, `failed` is told why: the others are timed without it."""
+    found: dict[str, Result] = {}
+    for name, action in passes.items():
+        try:
+            found[name] = action()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {plain(str(error).strip().partition(chr(10))[0], 200)}"
+    return found
 
 
 def theirs(label: str, peer: str) -> str:

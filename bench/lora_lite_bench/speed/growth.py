@@ -20,6 +20,7 @@ from .contestants import (
     Settings,
     attach_ours,
     attach_theirs,
+    attempted,
     builders,
     calibration,
     copied,
@@ -49,6 +50,7 @@ class GrowthRow:
     label: str
     case: Case
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # what did not run, and why
 
 
 class Stack(nn.Module):
@@ -153,5 +155,6 @@ def _passes(
 
     for kind, make in (("token", token), ("step", step)):
         passes = {name: make(model) for name, model in models.items()}
-        prepare = {name: lambda action=action: action for name, action in passes.items()}
+        running = attempted(passes, row.failed)
+        prepare = {name: lambda action=passes[name]: action for name in running}
         row.samples[kind] = interleave(prepare, 2 * settings.rounds, settings.device, advance)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..machine.ceilings import floor_seconds
 from ..machine.timing import Action, Sample, interleave
-from .contestants import Case, Settings, builders, calibration, copied
+from .contestants import Case, Settings, attempted, builders, calibration, copied
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclass
 class CellMeasured:
-    """Samples and floors (seconds) by number of tokens and contestant; what did not compile, and why.
+    """Samples and floors (seconds) by number of tokens and contestant; what did not run or compile, and why.
 
     One token is a forward pass without gradients; of more, forward and backward, the input's gradient too.
     """
@@ -65,11 +66,11 @@ def measure_cell(
     for number in tokens:
         x = torch.randn(number, cell.width, generator=torch.Generator().manual_seed(2)).to(**settings.place)
         passes = {name: one_pass(model, x, number) for name, model in models.items()}
-        result.floors[number] = {
-            name: floor_of(models[name], x, number, action, settings) for name, action in passes.items()
-        }
+        floors = {name: partial(floor_of, models[name], x, number, passes[name], settings) for name in passes}
+        result.floors[number] = attempted(floors, result.failed)
         if cell.compiled:
-            passes = _compiled(models, x, number, result.failed)
+            running = {name: model for name, model in models.items() if name not in result.failed}
+            passes = _compiled(running, x, number, result.failed)
         prepare = {name: lambda action=action: action for name, action in passes.items() if name not in result.failed}
         rounds = settings.rounds if number * cell.width**2 < 2**31 else max(1, settings.rounds // 5)
         result.samples[number] = interleave(
@@ -119,12 +120,9 @@ def _compiled(models: dict[str, nn.Module], x: Tensor, tokens: int, failed: dict
         model.train(tokens > 1)
         torch._dynamo.reset()  # one contestant's graphs do not count toward another's limit
         action = one_pass(torch.compile(model, dynamic=False), x, tokens)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                action()
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attempted({name: action}, failed)
         passes[name] = action
         model.zero_grad()
     return passes

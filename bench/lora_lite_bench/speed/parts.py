@@ -75,12 +75,16 @@ def _model(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> 
         sized = settings.with_(dtype=dtype)
         measured = measure(cases(plan.variants, sized), sized, advance)
         rows = step_rows(measured, counted(settings.device))
-        data = {"rows": rows, "samples": measured.samples}
+        data = {"rows": rows, "samples": measured.samples, "failed": measured.failed}
         title = f"{sized.layers} blocks of width {sized.hidden}, {sized.batch} × {sized.length} tokens, {dtype}"
-        yield Section("model", title, HEADS, [cells(row) for row in rows], data)
+        yield Section("model", title, HEADS, [cells(row) for row in rows], data, _notes(measured.failed))
         if beside := [row for row in rows if "step_lycoris" in row]:
             made = [cells(row, LYCORIS_COLUMNS) for row in beside]
             yield Section("model", f"{title}: beside LyCORIS", LYCORIS_HEADS, made, {"rows": beside})
+
+
+def _notes(failed: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name} did not run: {reason}" for name, reason in failed.items())
 
 
 def _layers(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> Iterator[Section]:
@@ -90,9 +94,8 @@ def _layers(plan: Plan, settings: Settings, advance: Callable[[str], object]) ->
         measured = measure_cell(cell, rows, tokens, settings, advance)
         made = cell_rows(measured, counted(settings.device))
         data = {"rows": made, "samples": measured.samples, "floors": measured.floors, "failed": measured.failed}
-        notes = tuple(f"{name} did not compile: {reason}" for name, reason in measured.failed.items())
         drawn = [cell_cells(row, tokens) for row in made]
-        yield Section("layers", cell.title, cell_heads(measured), drawn, data, notes)
+        yield Section("layers", cell.title, cell_heads(measured), drawn, data, _notes(measured.failed))
 
 
 def _growth(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> Iterator[Section]:
@@ -101,7 +104,9 @@ def _growth(plan: Plan, settings: Settings, advance: Callable[[str], object]) ->
     grown = growth(rows, settings.with_(dtype=plan.dtypes[0]), sizes, lambda: advance("growth"))
     made = [growth_row(row, counted(settings.device)) for row in grown]
     data = {"rows": made, "samples": {f"{row.case.label}, {row.label}": row.samples for row in grown}}
-    yield Section("growth", "growth", GROWTH_HEADS, [cells(row, GROWTH_COLUMNS) for row in made], data)
+    failed = {name: reason for row in grown for name, reason in row.failed.items()}
+    drawn = [cells(row, GROWTH_COLUMNS) for row in made]
+    yield Section("growth", "growth", GROWTH_HEADS, drawn, data, _notes(failed))
 
 
 def _starts(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> Iterator[Section]:

@@ -15,7 +15,7 @@ import lora_lite_core as ll
 
 from ..machine.costs import PeakMemory
 from ..machine.timing import Action, Sample, interleave
-from .contestants import FROZEN, Build, Case, Settings, builders, calibration, copied, old_names, theirs
+from .contestants import FROZEN, Build, Case, Settings, attempted, builders, calibration, copied, old_names, theirs
 
 DECODED = 3  # tokens in one timing
 KINDS = ("step", "token", "attach", "save", "load")
@@ -106,6 +106,7 @@ class Measured:
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)  # of KINDS
     peak: dict[str, int] = field(default_factory=dict)
     trainable: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # what did not run, and why
 
 
 def measure(rows: list[Case], settings: Settings, advance: Callable[[str], object]) -> Measured:
@@ -114,15 +115,17 @@ def measure(rows: list[Case], settings: Settings, advance: Callable[[str], objec
     build = builders(rows, settings, base, calibration(settings, settings.hidden, "inputs_embeds"))
     contestants = {name: Contestant(make(copied(base)), settings) for name, make in build.items()}
     result = Measured(rows, trainable={name: c.trainable for name, c in contestants.items()})
-    for name, contestant in contestants.items():
-        result.peak[name] = contestant.peak_bytes()
+    result.peak = attempted({name: c.peak_bytes for name, c in contestants.items()}, result.failed)
+    contestants = {name: contestant for name, contestant in contestants.items() if name in result.peak}
+    result.cases = rows = [case for case in rows if case.label in contestants]
     with tempfile.TemporaryDirectory() as place:
         saving, loading = files(rows, base, contestants, Path(place))
         few = max(3, settings.rounds // 2)
+        attach = {name: attaching(base, build[name]) for name in contestants if is_plain(name, rows)}
         kinds: dict[str, tuple[int, dict[str, Callable[[], Action]]]] = {
             "step": (settings.rounds, {name: lambda c=c: c.step for name, c in contestants.items()}),
             "token": (2 * settings.rounds, {name: lambda c=c: c.decoding() for name, c in contestants.items()}),
-            "attach": (few, {name: attaching(base, make) for name, make in build.items() if is_plain(name, rows)}),
+            "attach": (few, attach),
             "save": (few, saving),
             "load": (few, loading),
         }
