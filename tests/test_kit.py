@@ -340,6 +340,24 @@ def forgets_what_it_has_masked_on_the_way_to_peft(v: types.SimpleNamespace) -> N
     )
 
 
+def as_lora(params: dict[str, Tensor], alpha: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    fields = {"peft_type": "LORA", "r": len(params["lora_A"]), "lora_alpha": alpha, "lora_dropout": 0.0}
+    fields |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
+
+
+@caught_by("peft_round_trip")
+def writes_a_lora_of_another_scale(v: types.SimpleNamespace) -> None:
+    v.to_peft = ll.hookimpl(lambda params: as_lora(params, 3.0 * len(params["lora_A"])))
+    v.from_peft = ll.hookimpl(lambda: None)
+
+
+@caught_by("peft_round_trip")
+def writes_what_nobody_reads(v: types.SimpleNamespace) -> None:
+    v.to_peft = ll.hookimpl(lambda params: ({"peft_type": "WRONG"}, {"a": params["lora_A"]}))
+    v.from_peft = ll.hookimpl(lambda: None)
+
+
 @caught_by("any_leading_shape")
 def two_dimensions_only(v: types.SimpleNamespace) -> None:
     def forward(x: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:

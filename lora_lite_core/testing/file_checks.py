@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..attached.adapter import Adapter, adapters, detach
 from ..attached.switching.choosing import disabled
-from ..contract.errors import BaseMismatch, LoraLiteError, MergeError
+from ..contract.errors import AdapterFileError, BaseMismatch, LoraLiteError, MergeError
 from ..files.load import load
+from ..files.peft.exporting import export_peft
+from ..files.peft.importing import import_peft
 from ..files.save import save
 from .check import promise
-from .variant_under_test import Packed, Subject, close, must, weights_hash
+from .variant_under_test import CheckFailed, Net, Packed, Subject, close, must, weights_hash
 
 
 @promise(
@@ -148,7 +150,8 @@ def check_copies_are_independent(s: Subject) -> None:
 @promise("let from_peft undo to_peft: the same fields and, after rounding, the same tensors")
 def check_peft_round_trip(s: Subject) -> None:
     """What to_peft writes of a layer, from_peft reads back, where a variant has both; what before_step keeps for itself
-    need not be in PEFT's file, where the layer computes the same without."""
+    need not be in PEFT's file, where the layer computes the same without. A form that from_peft leaves to another
+    variant, a LoRA say, computes the same when that reads it."""
     to_peft, from_peft = s.variant.to_peft, s.variant.from_peft
     if to_peft is None or from_peft is None:
         return
@@ -163,8 +166,10 @@ def check_peft_round_trip(s: Subject) -> None:
         except MergeError:
             return  # a form of the method that PEFT has not
         back = from_peft({"config": config, "tensors": tensors, **about})
-        must(back is not None, f"from_peft does not know what to_peft wrote of {name}: {config}")
-        again = dict(back[1]) if back else {}
+        if back is None:
+            _read_by_another(s, model, f"from_peft does not know what to_peft wrote of {name}: {config}")
+            return
+        again = dict(back[1])
         saved = [*target.saved, *(bare for bare, shared in target.shared.items() if shared.key)]
         must(set(again) == set(saved), f"{sorted(again)} came back of {sorted(saved)}")
         read = {bare: again[bare].reshape(params[bare].shape) for bare in saved}
@@ -177,6 +182,17 @@ def check_peft_round_trip(s: Subject) -> None:
             for hook in filter(None, (s.variant.forward_input, s.variant.forward)):
                 got, expected = (hook({**given, "params": p, "context": {}}) for p in ({**params, **read}, params))
                 close(got, expected, 1e-4, f"what {name} computes with what came back")
+
+
+def _read_by_another(s: Subject, model: Net, seen: str) -> None:
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        other = s.model()
+        export_peft(model, Path(place) / "exported")
+        try:
+            import_peft(other, Path(place) / "exported")
+        except AdapterFileError as error:
+            raise CheckFailed(f"{seen}; nor does another variant: {error}") from error
+        close(other(s.x()), model(s.x()), 1e-4, f"what another variant makes of it ({seen})")
 
 
 @promise(
