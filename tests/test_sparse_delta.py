@@ -15,6 +15,12 @@ D_IN, D_OUT = 24, 40
 WAYS = {"entries": (3, 40), "sparse product": (130, 100), "short, matrix": (9, 100), "dense, matrix": (130, 300)}
 
 
+@pytest.fixture(autouse=True)
+def _as_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices here are small, and the way of large ones is to be gone."""
+    monkeypatch.setattr(products, "WORTH", 2**15)
+
+
 def made(rows: int, count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """x (2, rows, d_in), places in no order, one of them twice, and their values."""
     generator = torch.Generator().manual_seed(0)
