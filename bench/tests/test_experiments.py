@@ -115,7 +115,7 @@ def test_folders_that_are_refused(places: dict[str, str], tmp_path: Path) -> Non
     with pytest.raises(TaskError, match=r"adapter_config\.json cannot be read: FileNotFoundError"):
         protocol_of("gsm8k", str(tmp_path), places)
     cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="corda")
-    with pytest.raises(TaskError, match=r"init_lora_weights='corda'"):
+    with pytest.raises(TaskError, match=r"adapter_config\.json has no counterpart here"):
         protocol_of("gsm8k", experiment(tmp_path, cfg), places)
     cfg = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
     with pytest.raises(TaskError, match="has settings of single layers, as rank_pattern; take them out"):
@@ -123,6 +123,14 @@ def test_folders_that_are_refused(places: dict[str, str], tmp_path: Path) -> Non
     gates = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     with pytest.raises(TaskError, match="is ia3(_ff)? and ia3(_ff)? here, two adapters"):
         protocol_of("gsm8k", experiment(tmp_path, gates), places)
+
+
+def test_a_start_from_the_weight_is_a_method_here(places: dict[str, str], tmp_path: Path) -> None:
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
+    protocol = protocol_of("gsm8k", experiment(tmp_path, cfg), places)
+    assert protocol is not None
+    assert protocol.methods == ("olora",)
+    assert protocol.special["olora"]["r"] == 4
 
 
 def test_the_command(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
