@@ -215,6 +215,7 @@ def _tables(output: str) -> list[list[list[str]]]:
     return [table for table in found if table]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     threads = torch.get_num_threads()
