@@ -54,6 +54,7 @@ def test_product_and_gradients(way: str) -> None:
     assert (type(ours.grad_fn).__name__.startswith("ViewBackward")) == (way == "sparse product")
 
 
+@pytest.mark.slow
 def test_one_gradient_alone_and_gradients_of_gradients() -> None:
     x, places, values = made(*WAYS["sparse product"])
     S = matrix(places, values.detach())

@@ -173,6 +173,7 @@ def _lives(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="how a process is seen to have ended")
 def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
