@@ -77,12 +77,12 @@ def matched_rank(task: Task, method: str, fields: dict[str, Any], wanted: int, c
     return best * step if abs(count(best) - wanted) <= MATCHED * wanted else None
 
 
-def attach(model: nn.Module, cfg: ll.AdapterConfig, seed: int, calibration: Any) -> ll.Adapter:
+def attach(model: nn.Module, cfg: ll.AdapterConfig, seed: int, calibration: Any, name: str = "default") -> ll.Adapter:
     """Attach, with calibration data only where the variant, so configured, needs it."""
     try:
-        return ll.attach(model, cfg, seed=seed)
+        return ll.attach(model, cfg, name=name, seed=seed)
     except ll.CalibrationError:
-        return ll.attach(model, cfg, seed=seed, calibration_data=calibration)
+        return ll.attach(model, cfg, name=name, seed=seed, calibration_data=calibration)
 
 
 def anchor_parameters(model: nn.Module, method: str, head: str) -> dict[str, nn.Parameter]:

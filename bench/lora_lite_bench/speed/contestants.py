@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import lora_lite_core as ll
 from lora_lite_core.contract.text import plain
 
+from ..runs.methods import attach
+
 Result = TypeVar("Result")
 FROZEN = "frozen"
 PEERS = ("peft", "lycoris")
@@ -101,8 +103,8 @@ def builders(rows: list[Case], settings: Settings, base: nn.Module, data: Any) -
         build[case.label] = lambda model, cfg=cfg: attach_ours(model, cfg, data)
         if (config := peft_config(cfg, base, names, data)) is not None:
             build[theirs(case.label, "peft")] = lambda model, config=config: attach_theirs(model, config)
-        if (attach := lycoris_twin(cfg)) is not None:
-            build[theirs(case.label, "lycoris")] = attach
+        if (lycoris := lycoris_twin(cfg)) is not None:
+            build[theirs(case.label, "lycoris")] = lycoris
     return build
 
 
@@ -119,10 +121,6 @@ def attempted(passes: Mapping[str, Callable[[], Result]], failed: dict[str, str]
 
 def theirs(label: str, peer: str) -> str:
     return f"{label} in {peer}"
-
-
-def copied(base: nn.Module) -> nn.Module:
-    return copy.deepcopy(base)
 
 
 def peft_config(cfg: ll.AdapterConfig, model: nn.Module, names: list[str], calibration: Any = None) -> Any:
@@ -172,11 +170,7 @@ def _exported(cfg: ll.AdapterConfig, model: nn.Module, calibration: Any) -> Any:
 
 
 def attach_ours(model: nn.Module, cfg: ll.AdapterConfig, calibration: Any, name: str = "default") -> nn.Module:
-    """With calibration data only where the variant, so configured, needs it."""
-    try:
-        ll.attach(model, cfg, name=name)
-    except ll.CalibrationError:
-        ll.attach(model, cfg, name=name, calibration_data=calibration)
+    attach(model, cfg, 0, calibration, name)
     return model
 
 
@@ -206,9 +200,9 @@ def lycoris_twin(cfg: Any) -> Callable[[nn.Module], nn.Module] | None:
         return None
     from lycoris.wrapper import LycorisNetwork  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
 
-    alpha = cfg.r if cfg.alpha is None else cfg.alpha
+    alpha = _lora(cfg)["lora_alpha"]
 
-    def attach(model: nn.Module) -> nn.Module:
+    def put_on(model: nn.Module) -> nn.Module:
         LycorisNetwork.apply_preset({"target_module": ["Linear"], "target_name": []})
         logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # it tells of every module
         network = LycorisNetwork(model, lora_dim=cfg.r, alpha=alpha, network_module=LYCORIS[cfg.variant])
@@ -216,4 +210,4 @@ def lycoris_twin(cfg: Any) -> Callable[[nn.Module], nn.Module] | None:
         model.add_module("lycoris", network)
         return model
 
-    return attach
+    return put_on

@@ -23,7 +23,6 @@ from .contestants import (
     attempted,
     builders,
     calibration,
-    copied,
     linear_names,
     peft_config,
     theirs,
@@ -90,7 +89,7 @@ def _grown(label: str, case: Case, settings: Settings, base: Stack, advance: Cal
     row = GrowthRow(label, case)
     attach = {name: attaching(base, make) for name, make in build.items() if name != FROZEN}
     row.samples["attach"] = interleave(attach, settings.rounds, settings.device, advance, warm_up=1)
-    models = {name: make(copied(base)) for name, make in build.items()}
+    models = {name: make(copy.deepcopy(base)) for name, make in build.items()}
     _passes(row, models, settings, width, advance)
     return row
 
@@ -102,7 +101,7 @@ def _crowded(adapters: int, case: Case, settings: Settings, advance: Callable[[]
     label = f"{adapters} adapter{'s' * (adapters > 1)} on 10 layers"
     row, others = GrowthRow(label, case), [f"a{number}" for number in range(adapters - 1)]
     crowds: dict[str, tuple[nn.Module, Build]] = {}
-    ours = copied(base)
+    ours = copy.deepcopy(base)
     for name in others:
         attach_ours(ours, cfg, data, name)
     crowds[case.label] = (ours, lambda model: attach_ours(model, cfg, data, "last"))
@@ -111,7 +110,7 @@ def _crowded(adapters: int, case: Case, settings: Settings, advance: Callable[[]
         crowds[theirs(case.label, "peft")] = (_peft_crowd(base, config, others), lambda m: _one_more(m, config))
     attach = {name: attaching(crowd, make) for name, (crowd, make) in crowds.items()}
     row.samples["attach"] = interleave(attach, settings.rounds, settings.device, advance, warm_up=1)
-    models = {FROZEN: copied(base), **{name: make(crowd) for name, (crowd, make) in crowds.items()}}
+    models = {FROZEN: copy.deepcopy(base), **{name: make(crowd) for name, (crowd, make) in crowds.items()}}
     ll.activate(models[case.label], "last")
     _passes(row, models, settings, NARROW, advance)
     return row
@@ -121,8 +120,8 @@ def _peft_crowd(base: nn.Module, config: Any, names: list[str]) -> nn.Module:
     import peft
 
     if not names:
-        return copied(base)
-    model = peft.get_peft_model(copied(base), copy.deepcopy(config), adapter_name=names[0])  # type: ignore[arg-type]
+        return copy.deepcopy(base)
+    model = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name=names[0])  # type: ignore[arg-type]
     for name in names[1:]:
         model.add_adapter(name, copy.deepcopy(config))
     return model

@@ -3,6 +3,7 @@ the machine's own ceilings put under it."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..machine.ceilings import floor_seconds
 from ..machine.timing import Action, Sample, interleave
-from .contestants import Case, Settings, attempted, builders, calibration, copied
+from .contestants import Case, Settings, attempted, builders, calibration
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def measure_cell(
     settings = settings.with_(dtype=cell.dtype)
     base = OneLayer(cell.width).to(**settings.place).requires_grad_(False)
     build = builders(rows, settings, base, calibration(settings, cell.width, "x"))
-    models = {name: make(copied(base)) for name, make in build.items()}
+    models = {name: make(copy.deepcopy(base)) for name, make in build.items()}
     result = CellMeasured(cell, rows)
     for number in tokens:
         x = torch.randn(number, cell.width, generator=torch.Generator().manual_seed(2)).to(**settings.place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import lora_lite_core as ll
 
 from ..machine.costs import PeakMemory
 from ..machine.timing import Action, Sample, interleave
-from .contestants import FROZEN, Build, Case, Settings, attempted, builders, calibration, copied, old_names, theirs
+from .contestants import FROZEN, Build, Case, Settings, attempted, builders, calibration, old_names, theirs
 
 DECODED = 3  # tokens in one timing
 KINDS = ("step", "token", "attach", "save", "load")
@@ -113,7 +114,7 @@ def measure(rows: list[Case], settings: Settings, advance: Callable[[str], objec
     """Everything of the table; `advance` is called with the kind of measurement after each timing."""
     base = new_model(settings)
     build = builders(rows, settings, base, calibration(settings, settings.hidden, "inputs_embeds"))
-    contestants = {name: Contestant(make(copied(base)), settings) for name, make in build.items()}
+    contestants = {name: Contestant(make(copy.deepcopy(base)), settings) for name, make in build.items()}
     result = Measured(rows, trainable={name: c.trainable for name, c in contestants.items()})
     result.peak = attempted({name: c.peak_bytes for name, c in contestants.items()}, result.failed)
     contestants = {name: contestant for name, contestant in contestants.items() if name in result.peak}
@@ -142,7 +143,7 @@ def is_plain(name: str, rows: list[Case]) -> bool:
 
 def attaching(base: nn.Module, make: Build) -> Callable[[], Action]:
     def fresh() -> Action:
-        model = copied(base)
+        model = copy.deepcopy(base)
         return lambda: make(model)
 
     return fresh
@@ -172,7 +173,7 @@ def files(
 
 
 def _onto(base: nn.Module, load: Callable[[nn.Module], object]) -> Action:
-    model = copied(base)
+    model = copy.deepcopy(base)
     return lambda: load(model)
 
 
