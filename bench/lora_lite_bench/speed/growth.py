@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite_core as ll
 
-from ..machine.timing import Action, Sample, interleave
+from ..machine.timing import Sample, interleave
 from .contestants import (
     FROZEN,
     Build,
@@ -27,6 +27,7 @@ from .contestants import (
     peft_config,
     theirs,
 )
+from .layers import one_pass
 from .steps import attaching
 
 NARROW = 64  # width of the layers that are many: what is seen is the cost of a layer, not of its arithmetic
@@ -140,20 +141,9 @@ def _passes(
 ) -> None:
     draw = torch.Generator().manual_seed(2)
     one = torch.randn(1, width, generator=draw).to(**settings.place)
-    many = torch.randn(settings.batch * settings.length, width, generator=draw).to(**settings.place).requires_grad_()
-
-    def token(model: nn.Module) -> Action:
-        def action() -> None:
-            with torch.no_grad():
-                model(one)
-
-        return action
-
-    def step(model: nn.Module) -> Action:
-        return lambda: model(many).square().mean().backward()
-
-    for kind, make in (("token", token), ("step", step)):
-        passes = {name: make(model) for name, model in models.items()}
+    many = torch.randn(settings.batch * settings.length, width, generator=draw).to(**settings.place)
+    for kind, x, training in (("token", one, False), ("step", many, True)):
+        passes = {name: one_pass(model, x, training) for name, model in models.items()}
         running = attempted(passes, row.failed)
         prepare = {name: lambda action=passes[name]: action for name in running}
         row.samples[kind] = interleave(prepare, 2 * settings.rounds, settings.device, advance)

@@ -65,8 +65,10 @@ def measure_cell(
     models = {name: make(copy.deepcopy(base)) for name, make in build.items()}
     result = CellMeasured(cell, rows)
     for number in tokens:
+        for model in models.values():
+            model.train(number > 1)
         x = torch.randn(number, cell.width, generator=torch.Generator().manual_seed(2)).to(**settings.place)
-        passes = {name: one_pass(model, x, number) for name, model in models.items()}
+        passes = {name: one_pass(model, x, number > 1) for name, model in models.items()}
         floors = {name: partial(floor_of, models[name], x, number, passes[name], settings) for name in passes}
         result.floors[number] = attempted(floors, result.failed)
         if cell.compiled:
@@ -80,9 +82,9 @@ def measure_cell(
     return result
 
 
-def one_pass(model: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Action:
-    """Forward without gradients of one token; else forward and backward, into the adapter and the input."""
-    if tokens == 1:
+def one_pass(model: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Action:
+    """Forward and backward, into the adapter and the input; or forward alone, without gradients."""
+    if not training:
 
         def forward() -> None:
             with torch.no_grad():
@@ -104,7 +106,6 @@ def floor_of(model: nn.Module, x: Tensor, tokens: int, action: Action, settings:
     Bytes: the weight, the adapter, the input and the output once; in a training pass the weight and the adapter again,
     the adapter's gradients, and the gradients of output and input.
     """
-    model.train(tokens > 1)
     with FlopCounterMode(display=False) as counter:
         action()
     model.zero_grad()
@@ -118,9 +119,8 @@ def floor_of(model: nn.Module, x: Tensor, tokens: int, action: Action, settings:
 def _compiled(models: dict[str, nn.Module], x: Tensor, tokens: int, failed: dict[str, str]) -> dict[str, Action]:
     passes = {}
     for name, model in models.items():
-        model.train(tokens > 1)
         torch._dynamo.reset()  # one contestant's graphs do not count toward another's limit
-        action = one_pass(torch.compile(model, dynamic=False), x, tokens)
+        action = one_pass(torch.compile(model, dynamic=False), x, tokens > 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             attempted({name: action}, failed)
