@@ -90,6 +90,9 @@ def bench(
     or from folders, one run after the other. Prints a table, adds one line per run to results.jsonl and writes the
     report results.html. Stopped, the same command goes on where it was.
     """
+    from .machine.forks import begin_importing
+
+    begin_importing(1 if "gsm8k" in tasks else jobs)
     from rich.console import Console
 
     from .comparing.comparison import Comparison
@@ -139,7 +142,8 @@ def bench(
 def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any) -> dict[str, str]:
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    from .comparing.results import ResultsFile, cores
+    from .comparing.results import ResultsFile
+    from .machine.forks import cores
     from .machine.processes import processes
 
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "elapsed,", TimeRemainingColumn(), "left")

@@ -25,7 +25,7 @@ from .workers import drive, quiet, workers
 SIZES = {  # where a sweep begins; it goes on past the edges
     "quick": Settings(rates=GRID[4:6], beyond=0, finalists=1),
     "short": Settings(rates=GRID[3:7]),
-    "full": Settings(rates=GRID[2:], race=100),  # all seeds
+    "full": Settings(rates=GRID[2:]),
 }
 
 
@@ -224,5 +224,4 @@ def expected_steps(job: Job, settings: Settings, stated: float | None) -> int:
     if stated:
         return whole
     short = job.steps // 4 * (len(settings.rates) + 1) + job.steps // 2 * (len(settings.rates) // 2 + 2)
-    race = job.steps * min(settings.race, len(settings.seeds)) * (settings.finalists - 1)
-    return short + whole + race
+    return short + whole * settings.finalists

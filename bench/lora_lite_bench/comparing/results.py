@@ -17,6 +17,7 @@ import torch
 from lora_lite_core.contract.errors import LoraLiteError
 from lora_lite_core.contract.text import plain, told
 
+from ..machine.forks import cores
 from ..runs.costing import Costs
 from ..runs.methods import ANCHORS
 from ..runs.run import Job, Result, variant_of, versions
@@ -61,11 +62,6 @@ def environment(job: Job) -> dict[str, str]:
     if torch.cuda.is_available():
         machine["processor"] += f", {torch.cuda.get_device_name()}"
     return {**versions(*PACKAGES, *sorted({*own} - {*PACKAGES})), **machine, "cores": str(cores())}
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -3,8 +3,8 @@
 Per method: every rate of the grid trains for a quarter of the steps on the first seed; when the best is the first or
 last of the grid, the grid goes on on that side. The best half of the grid, and the rate below the best, train for half
 of the steps, and on down while the lowest is the best: longer runs want lower rates. The best two of these train for
-all steps on all seeds (`race` of them), and the one with the better mean validation score is reported. In the short
-runs best is the lowest validation loss. No test score decides anything.
+all steps on all seeds, and the one with the better mean validation score is reported; one that is out of reach after
+the first seeds is left there. In the short runs best is the lowest validation loss. No test score decides anything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..runs.run import Job, Result
 
 GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-8, 0))  # half-decades from 1e-4 to 0.32
 QUARTER, HALF = 4, 2
+FIRST, OUT_OF_REACH = 2, 0.3  # seeds, and how much lower a mean validation score on them is not made up for
 Round = list[Job]
 Plan = Generator[Round, Sequence[Result], None]
 
@@ -26,13 +27,12 @@ Plan = Generator[Round, Sequence[Result], None]
 @dataclass(frozen=True)
 class Settings:
     """rates: the grid; beyond: how many half-decades it is continued at most; finalists: how many rates train for all
-    steps; race: on how many seeds, before the best of them is chosen."""
+    steps."""
 
     rates: tuple[float, ...] = GRID
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     beyond: int = 4
     finalists: int = 2
-    race: int = 5
 
 
 def plan(job: Job, settings: Settings, stated_lr: float | None = None) -> Plan:
@@ -45,12 +45,7 @@ def plan(job: Job, settings: Settings, stated_lr: float | None = None) -> Plan:
         return
     finalists = [stated_lr] if stated_lr else (yield from _sweep(job, settings))
     if len(finalists) > 1:
-        race = [replace(job, lr=lr, seed=seed) for lr in finalists for seed in settings.seeds[: settings.race]]
-        results = yield race
-        of_rate: dict[float, list[Result]] = {}
-        for one, result in zip(race, results, strict=True):
-            of_rate.setdefault(one.lr, []).append(result)
-        finalists = [chosen(of_rate)]
+        finalists = [(yield from _race(job, finalists, settings.seeds))]
     yield [replace(job, lr=lr, seed=seed) for lr in finalists for seed in settings.seeds]
 
 
@@ -73,6 +68,17 @@ def _sweep(job: Job, settings: Settings) -> Generator[Round, Sequence[Result], l
         down = longer[lowest] == min(longer.values()) and 0 < settings.beyond > len(longer) - len(settings.rates)
         rates = [step(lowest, -1)] if down else []
     return sorted(longer, key=lambda lr: longer[lr])[: settings.finalists]
+
+
+def _race(job: Job, finalists: Sequence[float], seeds: Sequence[int]) -> Generator[Round, Sequence[Result], float]:
+    met: dict[float, list[Result]] = {lr: [] for lr in finalists}
+    for some in (seeds[:FIRST], seeds[FIRST:]):
+        runs = [replace(job, lr=lr, seed=seed) for lr in met for seed in some]
+        for one, result in zip(runs, (yield runs), strict=True):
+            met[one.lr].append(result)
+        best = max(map(valid_of, met.values()))
+        met = {lr: results for lr, results in met.items() if valid_of(results) > best - OUT_OF_REACH}
+    return chosen(met)
 
 
 def shortened(steps: int, by: int) -> int:
@@ -98,10 +104,11 @@ def loss_of(result: Result) -> float:
     return math.inf if result.valid_loss is None else result.valid_loss
 
 
+def valid_of(runs: Sequence[Result]) -> float:
+    """The mean validation score of runs; 0 of one that was stopped."""
+    return statistics.fmean(result.valid or 0.0 for result in runs)
+
+
 def chosen(runs: Mapping[float, Sequence[Result]]) -> float:
     """The rate with the best mean validation score of whole runs; of equals, the lowest loss."""
-
-    def rank(lr: float) -> tuple[float, float]:
-        return statistics.fmean(r.valid or 0.0 for r in runs[lr]), -statistics.fmean(map(loss_of, runs[lr]))
-
-    return max(runs, key=rank)
+    return max(runs, key=lambda lr: (valid_of(runs[lr]), -statistics.fmean(map(loss_of, runs[lr]))))

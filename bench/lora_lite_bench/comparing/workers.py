@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..machine.forks import context
 from ..machine.stopping import allow, stop
 from ..runs.run import Job, Result, run
 from .results import ResultsFile, key_of
@@ -42,7 +43,7 @@ def workers(count: int, advance: Callable[[], None] = nothing, threads: int | No
                 thread.shutdown(wait=True, cancel_futures=True)
                 allow()
         return
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
+    pool = ProcessPoolExecutor(count, context(), _start)
     try:
         yield lambda job, place: pool.submit(run, job, place)
     finally:
