@@ -219,13 +219,13 @@ def _tables(output: str) -> list[list[list[str]]]:
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     threads = torch.get_num_threads()
-    asked = ["ia3", "lora_xs", "--quick", *(f"--part={part}" for part in ("model", "layers", "growth"))]
+    asked = ["ia3", "lora_xs", "--quick", "--part=model", "--part=layers"]
     try:
         done = CliRunner().invoke(speed, [*asked, "--out", str(out)])
     finally:
         torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
-    model, *others, growth_table = _tables(done.output)
+    model, *others = _tables(done.output)
     assert model[0] == list(HEADS)
     assert [row[0] for row in model[2:]] == ["frozen", "lora", "ia3", "lora_xs"]
     assert model[-1][2] == "–", "peft has no LoRA-XS"
@@ -233,7 +233,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert not beside or [row[0] for row in beside] == [LYCORIS_HEADS[0], "-" * len(beside[1][0]), "lora"]
     layers = others[-1]
     assert layers[0][:3] == ["method", "1 token µs", "/ PEFT"]
-    assert growth_table[0] == list(GROWTH_HEADS)
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"torch", "peft", "transformers", "lora-lite-core", "python"} <= set(report["versions"])
     section = report["sections"][0]
@@ -250,3 +249,18 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(speed, ["lora", "--quick"])
     assert done.exit_code == 1
     assert "type: pip install peft" in done.output
+
+
+def test_growth_in_each_dtype(tmp_path: Path) -> None:
+    threads, out = torch.get_num_threads(), str(tmp_path / "speed.json")
+    asked = ["ia3", "--quick", "--part=growth", "--dtype=float32", "--dtype=bfloat16", "--out", out]
+    try:
+        done = CliRunner().invoke(speed, asked)
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
+    assert [table[0] for table in _tables(done.output)] == [list(GROWTH_HEADS)] * 2
+    assert [line for line in done.output.splitlines() if line.startswith("growth,")] == [
+        "growth, float32",
+        "growth, bfloat16",
+    ]

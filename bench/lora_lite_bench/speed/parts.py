@@ -101,12 +101,13 @@ def _layers(plan: Plan, settings: Settings, advance: Callable[[str], object]) ->
 def _growth(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> Iterator[Section]:
     rows = cases(plan.variants if plan.asked else [], settings)
     sizes = Sizes((2, 4), (2, 4), (1, 2)) if plan.quick else Sizes()
-    grown = growth(rows, settings.with_(dtype=plan.dtypes[0]), sizes, lambda: advance("growth"))
-    made = [growth_row(row, counted(settings.device)) for row in grown]
-    data = {"rows": made, "samples": {f"{row.case.label}, {row.label}": row.samples for row in grown}}
-    failed = {name: reason for row in grown for name, reason in row.failed.items()}
-    drawn = [cells(row, GROWTH_COLUMNS) for row in made]
-    yield Section("growth", "growth", GROWTH_HEADS, drawn, data, _notes(failed))
+    for dtype in plan.dtypes:
+        grown = growth(rows, settings.with_(dtype=dtype), sizes, lambda: advance("growth"))
+        made = [growth_row(row, counted(settings.device)) for row in grown]
+        data = {"rows": made, "samples": {f"{row.case.label}, {row.label}": row.samples for row in grown}}
+        failed = {name: reason for row in grown for name, reason in row.failed.items()}
+        drawn = [cells(row, GROWTH_COLUMNS) for row in made]
+        yield Section("growth", f"growth, {dtype}", GROWTH_HEADS, drawn, data, _notes(failed))
 
 
 def _starts(plan: Plan, settings: Settings, advance: Callable[[str], object]) -> Iterator[Section]:
