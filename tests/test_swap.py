@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite_core.files.adapter_file import CHOOSING
 
 from .models import net, weights_hash
 from .test_switching import NAMES, out, put
 
 
-def saved(folder: Path, variant: str, seed: int, **fields: Any) -> tuple[Path, torch.Tensor]:
+def saved(folder: Path, variant: str, seed: int, **given: Any) -> tuple[Path, torch.Tensor]:
     model = net()
-    put(model, variant, seed=seed, **fields)
+    put(model, variant, seed=seed, **given)
     path = folder / f"{variant}{seed}.safetensors"
     ll.save(model, path)
     return path, out(model)
@@ -143,3 +145,8 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
         adapter.load_(path)
         torch.testing.assert_close(out(compiled), expected)
     assert counter.frame_count == 1
+
+
+def test_what_chooses_layers_and_ranks_is_all_that_every_config_has_but_the_dtype() -> None:
+    shared = {field.name for field in fields(ll.AdapterConfig)} - {"dtype"}
+    assert set(CHOOSING) == shared | {"rank_pattern", "alpha_pattern"}

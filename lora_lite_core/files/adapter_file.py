@@ -24,6 +24,8 @@ from .tensor_file.reading import TensorFile, open_tensors
 FORMAT = "lora-lite"
 FORMAT_VERSION = 1
 HEADER_TENSOR = "lora_lite.header"  # no adapter's tensor: their bare names begin with lora_
+# Fields that say which layers there are and which rank each has; the others say what an adapter computes.
+CHOOSING = ("target_names", "exclude_names", "target_roles", "layers", "rank_pattern", "alpha_pattern", "train_modules")
 
 
 @dataclass(frozen=True)

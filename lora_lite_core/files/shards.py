@@ -13,9 +13,7 @@ from ..attached.tensors.sharded import whole_targets
 from ..contract.errors import AdapterFileError, ModelStateError, listed
 from ..contract.target import Target
 from ..layers.shards import is_in_shards, reshard
-from .adapter_file import AdapterFile
-
-CHOOSING = ("target_names", "exclude_names", "target_roles", "layers", "rank_pattern", "alpha_pattern", "train_modules")
+from .adapter_file import CHOOSING, AdapterFile
 
 
 def prepared_to_gather(model: nn.Module, name: str) -> bool:

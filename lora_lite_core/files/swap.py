@@ -14,17 +14,15 @@ from ..attached.model_checks import Reaction, check_reaction
 from ..attached.records import check_outside, record_of, targets_of
 from ..attached.targets.train_modules import current
 from ..attached.tensors.declared import specs_for
-from ..contract.config import AdapterConfig
 from ..contract.errors import AdapterFileError, MergeError, ModelStateError, listed
 from ..contract.target import Params, Target
 from ..contract.text import plain
 from ..layers.kinds.layer_kinds import is_sharded
 from ..layers.shards import copy_shard, reshard
-from .adapter_file import HEADER_TENSOR, AdapterFile, open_adapter
+from .adapter_file import CHOOSING, HEADER_TENSOR, AdapterFile, open_adapter
 from .load import check_base_of, config_of, expected_in, targets_in, values_of
 
 SAME = 1e-5  # relative; padded tensors that compute another thing are off by more
-CHOOSING = frozenset({f.name for f in fields(AdapterConfig)} - {"dtype"}) | {"rank_pattern", "alpha_pattern"}
 
 
 def load_into(

@@ -24,12 +24,18 @@ from lora_lite_core.attached.targets.train_modules import tensor_at
 from lora_lite_core.attached.tensors.declared import specs_for
 from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain
-from lora_lite_core.files.adapter_file import FORMAT, FORMAT_VERSION, HEADER_TENSOR, header_fields, header_text
+from lora_lite_core.files.adapter_file import (
+    CHOOSING,
+    FORMAT,
+    FORMAT_VERSION,
+    HEADER_TENSOR,
+    header_fields,
+    header_text,
+)
 from lora_lite_core.files.save import contents
 from lora_lite_core.files.tensor_file.writing import write_tensors
 from lora_lite_core.layers.kinds.layer_kinds import is_sharded
 
-CHOOSING = ("target_names", "exclude_names", "target_roles", "layers", "rank_pattern", "alpha_pattern", "train_modules")
 PREFIX = "base_model.model."  # of names in a PeftModel's state dict
 
 

@@ -13,12 +13,10 @@ from lora_lite_core import AdapterFileError, ModelStateError, adapters
 from lora_lite_core.attached.model_hooks.base_check import check_base
 from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain
-from lora_lite_core.files.adapter_file import HEADER_TENSOR, AdapterFile, header_fields, open_adapter
+from lora_lite_core.files.adapter_file import CHOOSING, HEADER_TENSOR, AdapterFile, header_fields, open_adapter
 from lora_lite_core.files.folders import adapters_in
 from lora_lite_core.files.save import contents
 from lora_lite_core.layers.kinds.layer_kinds import is_sharded
-
-CHOOSING = ("target_names", "exclude_names", "target_roles", "layers", "rank_pattern", "alpha_pattern", "train_modules")
 
 
 def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def make_tensors(
         if bare not in given:
             fill(tensor, specs[bare], generator_for(seed, target, bare), f"{target.name}.{bare}")
     if len(given) < len(made):
-        _run_init(target, made, shared or {}, seed)
+        _run_init(target, made, shared or {}, seed, given)
         copy_values(given, made)
     return made
 
@@ -56,21 +56,24 @@ def copy_values(values: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> Non
 
 
 @torch.no_grad()
-def _run_init(target: Target, made: Mapping[str, Tensor], shared: Mapping[str, Tensor], seed: int) -> None:
+def _run_init(
+    target: Target, made: Mapping[str, Tensor], shared: Mapping[str, Tensor], seed: int, given: Collection[str]
+) -> None:
     for one in single(target, {**made, **shared}) if target.variant.init is not None else ():
-        _init_one(one, shared, seed)
+        _init_one(one, shared, seed, given)
 
 
-def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
+def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int, given: Collection[str]) -> None:
     assert target.variant.init is not None
     assert target.seen is not None
     params, before = {**target.seen}, as_made(target.seen)
     versions = {bare: tensor._version for bare, tensor in shared.items()}
     generator = generator_for(seed, target, "init")
-    given = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name, "generator": generator}
-    label, given_so = f"init of variant '{target.variant.name}'", not_finite(params)
+    arguments = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name}
+    label = f"init of variant '{target.variant.name}'"
+    given_so = not_finite({bare: params[bare] for bare in given})
     try:
-        returned = target.variant.init(given)
+        returned = target.variant.init({**arguments, "generator": generator})
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ModelStateError(
             f"{label} failed on {target.name}; does its weight hold nan or inf?\n  {error}"
@@ -86,7 +89,7 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int) -> None:
             f"{label} wrote params['{written[0]}'], which other layers share; give it an init in ParamSpec, or fill it "
             "in group_init"
         )
-    if wrong := sorted(not_finite(params) - given_so):
+    if wrong := sorted(not_finite({bare: params[bare] for bare in params.keys() - shared.keys()}) - given_so):
         raise ModelStateError(f"{label} made {wrong[0]} of {target.name} with nan or inf; does its weight hold any?")
 
 
