@@ -31,11 +31,11 @@ processors *arguments:
 
 # the PEFT bridge with TRL, under the first and the last PEFT of its range; needs a package index
 peft:
-    tools/peft_versions
+    tools/versions peft
 
 # the Trainer's integration with TRL, under the first and the last transformers of its range; needs a package index
 trainer:
-    tools/transformers_versions
+    tools/versions transformers
 
 # exports and adapter files served by vLLM in an environment of its own: minutes, needs a package index
 serving:

@@ -143,9 +143,19 @@ def test_the_statistics_of_every_expert_and_its_gradient() -> None:
         torch.testing.assert_close(found[f"{adapter.targets[1]}.{number}"], stack[number])
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("name", ["lora", "dora", "hra", "road"])
+COMPILED = [
+    (n, w, k)
+    for n in ("lora", "dora", "hra", "road")
+    for w in ("batched_mm", "grouped_mm")
+    for k in ("mixtral", "gpt_oss")
+]
+QUICK = (("lora", "batched_mm", "mixtral"), ("dora", "grouped_mm", "gpt_oss"))
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "kind"),
+    [one if one in QUICK else pytest.param(*one, marks=pytest.mark.slow) for one in COMPILED],
+)
 def test_compiled_in_one_graph_and_in_bfloat16(name: str, way: str, kind: str) -> None:
     base = model(kind, way, torch.float32)
     moved(attach(base, config(name)))

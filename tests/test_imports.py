@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lora_lite_core
 
 PLUGINS = ("lora_lite_lora", "lora_lite_svd", "lora_lite_ortho")
@@ -101,6 +103,7 @@ print(time.process_time() - start, "torch" in sys.modules)
     assert min(float(seconds) for seconds, _ in runs) < 0.05
 
 
+@pytest.mark.slow
 def test_using_every_name_costs_a_small_part_of_importing_torch() -> None:
     code = """
 import time

@@ -153,11 +153,12 @@ CASES: dict[str, Case] = {
     "save, train_modules": saving(WHOLE),
     "import_peft": importing(LORA),
 }
-FAST = (
-    "attach", "attach, hra", "attach, on meta", "load", "save", "save, a new file", "initialize",
-    *(name for name in CASES if name.startswith(("detach", "disabled"))),
+FAST = ("attach", "attach, on meta", "load", "save", "initialize", "detach, the first of two", "disabled, one")
+SLOW = (
+    "attach, hra", "save, a new file",
+    *(name for name in CASES if name.startswith(("detach", "disabled")) and name not in FAST),
 )  # fmt: skip
-SLOW: dict[str, Case] = {
+MORE: dict[str, Case] = {
     "attach, pissa": attaching(base, PISSA),
     "attach, eva": attaching(base, ll.EVAConfig(r=2, target_names=TARGETS), calibration_data=[X.repeat(8, 1)]),
     "attach, pissa on conv1d": attaching(conv1d, PISSA),
@@ -186,7 +187,12 @@ SLOW: dict[str, Case] = {
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # left at the end of a with-block: Python closes it
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.exhaustive) for name in {**CASES, **SLOW}]
+    "name",
+    [
+        *FAST,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in {**CASES, **MORE} if name not in FAST + SLOW),
+    ],
 )
 def test_an_interrupted_operation_has_happened_or_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +206,7 @@ def test_an_interrupted_operation_has_happened_or_not(
         monkeypatch.setattr(Distribution, "discover", lambda **given: discover(**given) if given else found)
     monkeypatch.setattr(gc, "get_referrers", lambda *_: [])
     monkeypatch.setattr(gc, "get_objects", lambda *_: [])
-    check({**CASES, **SLOW}[name], tmp_path)
+    check({**CASES, **MORE}[name], tmp_path)
 
 
 def a_hook_is_interrupted(entered: list[bool]) -> Callable[..., Any]:

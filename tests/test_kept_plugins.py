@@ -31,6 +31,7 @@ torch.testing.assert_close(model(x), y)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wheel", WHEELS, ids=lambda path: path.name)
 def test_a_plugin_for_an_earlier_contract_runs_unchanged(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:

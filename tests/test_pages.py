@@ -106,7 +106,10 @@ def command(line: str) -> None:
         assert line.startswith(NOT_RUN), line
 
 
-@pytest.mark.parametrize("variant", modules("authoring.md"))
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] if n % 4 else []) for n, name in enumerate(modules("authoring.md"))],
+)
 def test_the_variants_on_the_page_keep_every_promise(variant: str, written: Any) -> None:
     module = written(f"lora_lite_{variant}", modules("authoring.md")[variant], variant)
     assert [result.message for result in run_checks(module.Config()) if not result.ok] == []

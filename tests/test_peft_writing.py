@@ -171,7 +171,11 @@ def number_of_steps(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), Stop()],
+    [
+        OSError(28, "No space left on device"),
+        pytest.param(PermissionError(13, "Permission denied"), marks=pytest.mark.slow),
+        Stop(),
+    ],
     ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an adapter there"])

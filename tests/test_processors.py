@@ -45,6 +45,7 @@ def test_the_files_are_there() -> None:
     assert all((processors.ROOT / f"tests/{name}.py").exists() for name in processors.SENSITIVE)
 
 
+@pytest.mark.slow
 def test_a_failure_and_a_crash_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tests = "def test_good(): pass\ndef test_bad():\n    import os\n    assert os.environ['OMP_NUM_THREADS'] == '7'\n"
     (tmp_path / "test_it.py").write_text(tests)

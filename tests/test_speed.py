@@ -37,6 +37,7 @@ def measure() -> None:
     print(statistics.median(ours_s), statistics.median(theirs_s))  # noqa: T201
 
 
+@pytest.mark.slow
 def test_attaching_is_faster_than_get_peft_model() -> None:
     """In a process of its own: what other tests have left alive (4-bit layers) is looked for at every attach."""
     pytest.importorskip("peft")

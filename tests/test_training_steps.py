@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite_core.testing import run_checks
 
 from .distributed import together
 from .models import net, token_ids
@@ -53,12 +52,6 @@ def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
 
 def kept(model: nn.Module) -> int:
     return int(sum(t.params["lora_m"].sum() for t in ll.adapters(model)["default"].layers().values()))
-
-
-@pytest.mark.parametrize("name", ["adalora", "lora_fa"])
-def test_the_kit_is_green(name: str) -> None:
-    cfg = ll.LoraLiteConfig(variant=name, r=4)
-    assert not [result.message for result in run_checks(cfg) if not result.ok]
 
 
 def test_the_budget_is_reached_exactly_and_resumed_without_a_jump(tmp_path: Path) -> None:
@@ -310,9 +303,7 @@ def train_sharded(rank: int, name: str, folder: str) -> None:
         torch.save((losses, whole), Path(folder) / "out.pt")
 
 
-@pytest.mark.parametrize(
-    "name", ["adalora", "tied_lora", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:3])]
-)
+@pytest.mark.parametrize("name", ["adalora", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_sharded_over_two_processes_it_is_as_in_one(name: str, tmp_path: Path) -> None:
     together(train_sharded, name, str(tmp_path))
     losses, whole = torch.load(tmp_path / "out.pt", weights_only=True)
