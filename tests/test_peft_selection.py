@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED
+from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED, TRAINED
 from lora_lite_core.files.peft.config_json.selection import Selection
 
 from .test_export import gpt2, llama
@@ -91,7 +91,7 @@ BY_THE_METHOD = {"eps", "num_cayley_neumann_terms"}  # read by OFT's from_peft, 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_field_of_pefts_configs_is_known(name: str) -> None:
     """Read, ignored for a reason, or refused. A later peft may have more, which are refused where they are on."""
-    known = {*IGNORED, *REFUSED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
+    known = {*IGNORED, *REFUSED, *TRAINED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
     fields = {field.name for field in dataclasses.fields(getattr(peft, name))}
     assert not fields - known or tuple(map(int, peft.__version__.split(".")[:2])) > (0, 21)
     assert not {*IGNORED} & {*REFUSED}
@@ -100,5 +100,5 @@ def test_every_field_of_pefts_configs_is_known(name: str) -> None:
 
 def test_every_field_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs/from-peft.md").read_text(encoding="utf-8")
-    known = {*IGNORED, *REFUSED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
+    known = {*IGNORED, *REFUSED, *TRAINED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
     assert not [field for field in sorted(known) if f"`{field}`" not in page]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_lite_core import ConfigError
@@ -32,7 +33,25 @@ def from_peft(
         raise ConfigError(f"lora_bias={config['lora_bias']!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     fields["dropout"] = config.get("lora_dropout") or 0.0
-    return fields, {"lora_A": tensors["lora_A.weight"], "lora_B": tensors["lora_B.weight"]}
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    if blocks := config.get("use_bdlora"):
+        (d_in, d_out), r = sizes[name], fields["r"]
+        A, B = _whole("lora_A", A, (r, d_in), blocks), _whole("lora_B", B, (d_out, r), blocks)
+    return fields, {"lora_A": A, "lora_B": B}
+
+
+def _whole(name: str, factor: Tensor, shape: tuple[int, int], blocks: Any) -> Tensor:
+    """A factor that is kept as it is, or as the blocks of its diagonal, one below the other."""
+    if tuple(factor.shape) == shape:
+        return factor
+    number = blocks.get("nblocks") if isinstance(blocks, dict) else None
+    if not isinstance(number, int) or number < 1 or any(size % number for size in shape):
+        raise ConfigError(f"use_bdlora={blocks!r}: nblocks is a whole number that divides {shape[0]} and {shape[1]}")
+    if tuple(factor.shape) != (shape[0], shape[1] // number):
+        raise ConfigError(
+            f"{name} is {tuple(factor.shape)}; with nblocks={number} it is {shape} or {(shape[0], shape[1] // number)}"
+        )
+    return torch.block_diag(*factor.chunk(number))
 
 
 def _all_inputs(config: dict[str, Any], tensors: dict[str, Tensor], sizes: tuple[int, int]) -> bool:
