@@ -154,6 +154,12 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
         ("conv", {}), ("conv", {"use_dora": True}), ("conv", {"bias": "all"}),
         ("mixtral", {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
         ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_rslora": True}),
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]}, {"target_parameters": ["up_proj.weight", "o_proj.weight"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"], "rank_pattern": {"gate_proj": 3, "down_proj.weight": 2, r"gate_proj\.weight": 6}},
+        {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight", "embed_tokens.weight"]}, ("tied", {"target_modules": [], "target_parameters": ["embed_tokens.weight"]}),
+        ("tied", {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}),
+        ("gpt2", {"target_modules": [], "target_parameters": ["c_attn.weight", "c_proj.weight", "wte.weight"]}), ("bert", {"target_parameters": ["query.weight"]}),
+        ("mixtral", {"target_parameters": ["k_proj.weight", "experts.down_proj"]}),
         ("mixtral", {"target_modules": ["gate"]}, "gate.lora_A.weight belongs to no layer of this Mixtral"),
         ("groups", {"target_modules": ["c2"]}, "a convolution with groups=2, which a low-rank product is not"),
         ("tied", {"modules_to_save": ["embed_tokens"]}, "which would no longer be tied to it; untie them first: give one of the two a copy"),
@@ -163,7 +169,8 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
         ("llama", {"velora_config": LORA.VeloraConfig()}, "trains with a backward pass of its own; no variant here computes that; with PEFT: peft.save_as_lora"),
         ("llama", {"monteclora_config": LORA.MontecloraConfig()}, "samples the factors; no variant here computes that"),
         ("llama", {"layer_replication": [[0, 1], [0, 2]]}, "builds another model of the base's layers"),
-        ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight"]}, "q_proj.lora_A.weight belongs to no layer of this Llama.* that can be adapted"),
+        ("llama", {"target_parameters": ["o_proj.weight"], "init_lora_weights": "pissa"}, "with target_parameters: the start that is out of model.layers.0.self_attn.o_proj.* is not made again here"),
+        ("mixtral", {"target_parameters": ["gate.weight"]}, "gate.lora_A.weight belongs to no layer of this Mixtral"),
     ]),
 }  # fmt: skip
 

@@ -84,6 +84,13 @@ def test_the_same_ranks_as_peft() -> None:
         assert (own["r"], own["lora_alpha"]) == (layer.r["default"], layer.lora_alpha["default"]), path
 
 
+def test_a_layer_that_is_selected_twice() -> None:
+    both = {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}
+    told = "target_modules and target_parameters both select model.layers.0.self_attn.q_proj, model.layers.1"
+    with pytest.raises(ll.AdapterFileError, match=told):
+        Selection(both, llama()).adapted()
+
+
 CLASSES = ["LoraConfig", "IA3Config", "HRAConfig", "OFTConfig", "RoadConfig", "DeloraConfig"]
 BY_THE_METHOD = {"eps", "num_cayley_neumann_terms"}  # read by OFT's from_peft, without a kind
 
