@@ -127,7 +127,7 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "RandLora": ({"r": 8}, 0.02, [{}, {"sparse": True}, {"very_sparse": True}, {"randlora_alpha": 8}, {"randlora_dropout": 0.1}, ("llama", {"save_projection": False}, "save_projection=False: PEFT draws the bases anew")]),
     "Road": ({"group_size": 32}, 0.05, [{}, {"variant": "road_2"}, {"variant": "road_4"}, {"group_size": 16}]),
     "Shira": ({"r": 4}, 0.05, [{}, {"random_seed": 4}, {"init_weights": False}]),
-    "Supertuning": ({"sparsity": 0.9}, 0.05, [{}, {"select_top": False}, ("llama", {"r": 4, "lora_alpha": 4.0}, "r=4 is a LoRA beside the entries"), ("llama", {"save_precomputed_indices": False}, "leaves out which entries they are; save it with them")]),
+    "Supertuning": ({"sparsity": 0.9}, 0.05, [{}, {"select_top": False}, {"r": 4, "lora_alpha": 6.0}, {"r": 4, "lora_dropout": 0.1}, ("llama", {"save_precomputed_indices": False}, "leaves out which entries they are; save it with them")]),
     "TinyLora": ({}, 0.5, [{}, {"u": 16}, {"weight_tying": 1.0}, {"save_projection": False}, {"projection_seed": 3}, {"init_weights": "uniform"}, {"tinylora_dropout": 0.1}, ("llama", {"weight_tying": 0.5}, "weight_tying=0.5 has 3 vectors for 6 layers"), ("gpt2", {}, "TinyLoRA of PEFT on a Conv1D is another form of it"), ("llama", {"target_modules": ["embed_tokens"]}, "TinyLoRA of PEFT on a Embedding is another form")]),
     "TrainableTokens": ({"token_indices": [1, 5], "target_modules": ["embed_tokens"]}, 0.5, [{}, {"target_modules": None}, {"init_weights": False}, {"target_modules": ["lm_head"]}, ("gpt2", {"target_modules": ["wte"]}), ("tied", {})]),
     "UniLora": ({}, 0.3, [{}, {"proj_seed": 3}, {"save_indices": True}, {"theta_d_length": 99}, {"unilora_dropout": 0.1}]),
