@@ -18,7 +18,8 @@ def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[s
     fields = {"peft_type": "LORA", "r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora}
     fields["lora_dropout"] = cfg.dropout
     fields |= {"rank_pattern": {}, "alpha_pattern": {}}
-    return fields, {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
+    tensors = {"lora_A.weight": params["lora_A"], "lora_B.weight": params["lora_B"]}
+    return {**fields, "lora_bias": cfg.bias}, {**tensors, **({"lora_B.bias": params["lora_bias"]} if cfg.bias else {})}
 
 
 def from_peft(
@@ -29,15 +30,16 @@ def from_peft(
         on = []
     if config["peft_type"] != "LORA" or on or isinstance(config.get("init_lora_weights"), str):
         return None
-    if config.get("lora_bias"):
-        raise ConfigError(f"lora_bias={config['lora_bias']!r} is more than a low-rank product")
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     fields["dropout"] = config.get("lora_dropout") or 0.0
     A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
     if blocks := config.get("use_bdlora"):
         (d_in, d_out), r = sizes[name], fields["r"]
         A, B = _whole("lora_A", A, (r, d_in), blocks), _whole("lora_B", B, (d_out, r), blocks)
-    return fields, {"lora_A": A, "lora_B": B}
+    values = {"lora_A": A, "lora_B": B}
+    if config.get("lora_bias"):
+        fields["bias"], values["lora_bias"] = True, tensors["lora_B.bias"]
+    return fields, values
 
 
 def _whole(name: str, factor: Tensor, shape: tuple[int, int], blocks: Any) -> Tensor:

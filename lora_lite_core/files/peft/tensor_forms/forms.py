@@ -72,6 +72,7 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
     shapes = {
         "lora_A.weight": lambda tensor: (len(tensor), *kernel),
         "lora_B.weight": lambda tensor: (*tensor.shape, *ones),
+        "lora_B.bias": lambda tensor: tensor.shape,
         "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
     }
     if unknown := [name for name in tensors if name not in shapes]:
