@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora_lite as ll
+from lora_lite_core.files.peft.config_json.fields import TRAINED
 
 peft = pytest.importorskip("peft")
 from .peft_cases import METHODS, Case, base_of, everywhere, options, outputs  # noqa: E402
@@ -43,7 +44,7 @@ def saved(case: Case, folder: Path) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def trains_otherwise(case: Case) -> bool:
-    own = case.method == "Lora" and case.fields.keys() & {"use_bdlora", "monteclora_config"}
+    own = case.method == "Lora" and case.fields.keys() & {*TRAINED}
     return bool(own) or any(f.endswith("dropout") and (case.method, f) != ("Lora", "lora_dropout") for f in case.fields)
 
 
@@ -149,16 +150,23 @@ def changed(folder: Path, **fields: object) -> Path:
     return folder
 
 
-def test_what_peft_trains_otherwise_is_run_and_then_trained_as_a_lora(tmp_path: Path) -> None:
-    name = next(name for name, case in OPTIONS.items() if "use_bdlora" in case.fields)
+@pytest.mark.parametrize("field", TRAINED)
+def test_what_peft_trains_otherwise_is_run_and_then_trained_as_a_lora(field: str, tmp_path: Path) -> None:
+    name = next(name for name, case in OPTIONS.items() if field in case.fields)
     base, expected = saved(OPTIONS[name], tmp_path / "theirs")
-    with pytest.raises(ll.AdapterFileError, match=r"use_bdlora=.* keeps what is .*trainable=False\).*'lora'$"):
+    with pytest.raises(ll.AdapterFileError, match=rf"{field}=.* {TRAINED[field]}; .*trainable=False\).*'lora'$"):
         ll.import_peft(base, tmp_path / "theirs")
     ll.save(ll.import_peft(base, tmp_path / "theirs", trainable=False).model, tmp_path / "ours.safetensors")
     ll.detach(base)
     adapter = ll.load(base, tmp_path / "ours.safetensors")
     torch.testing.assert_close(outputs(base), expected, rtol=1e-4, atol=2e-5)
     assert all(parameter.requires_grad for parameter in adapter.parameters())
+    if field != "use_bdlora":  # without the field nobody knows what its tensors are
+        ll.detach(base)
+        with pytest.raises(
+            ll.AdapterFileError, match=r"lora_(velora|monteclora)_.* is nothing that variant 'lora' reads"
+        ):
+            ll.import_peft(base, changed(tmp_path / "theirs", **{field: None}), trainable=False)
 
 
 @pytest.mark.parametrize(

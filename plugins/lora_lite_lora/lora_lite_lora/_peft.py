@@ -12,6 +12,15 @@ from lora_lite_core import ConfigError
 
 OTHERS = ("kasa_config", "use_dora", "use_qalora", "alora_invocation_tokens")  # what makes another variant of it
 
+# What PEFT keeps beside the factors and needs in training alone, by the field that asks for it.
+OF_TRAINING = {
+    "velora_config": ("lora_velora_embed",),
+    "monteclora_config": tuple(
+        f"lora_monteclora_sampler.{one}"
+        for one in ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
+    ),
+}
+
 
 def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     alpha = cfg.r if cfg.alpha is None else cfg.alpha
@@ -32,6 +41,9 @@ def from_peft(
         return None
     fields = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     fields["dropout"] = config.get("lora_dropout") or 0.0
+    for field in [field for field in OF_TRAINING if config.get(field)]:
+        for one in OF_TRAINING[field]:
+            tensors.get(one)  # it changes no output
     A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
     if blocks := config.get("use_bdlora"):
         (d_in, d_out), r = sizes[name], fields["r"]

@@ -54,12 +54,14 @@ IN_PEFT = (
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
     "megatron_config": "is for layers of Megatron",
-    "velora_config": "trains with a backward pass of its own",
-    "monteclora_config": "samples the factors",
     "arrow_config": "chooses between adapters at every token",
 }
 # What PEFT does in training and nobody here does: the outputs are the same.
-TRAINED = {"use_bdlora": "keeps what is outside of the blocks at zero in training"}
+TRAINED = {
+    "use_bdlora": "keeps what is outside of the blocks at zero in training",
+    "monteclora_config": "draws lora_A anew at each step of training, with a loss of its own",
+    "velora_config": "trains lora_A with gradients of compressed inputs",
+}
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
