@@ -4,6 +4,7 @@ with the same outputs, or is refused with what, why and what to type."""
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora_lite as ll
+from lora_lite_core.files.peft.config_json.fields import TRAINED
 
 peft = pytest.importorskip("peft")
 from .peft_cases import METHODS, Case, base_of, everywhere, options, outputs  # noqa: E402
@@ -41,6 +43,11 @@ def saved(case: Case, folder: Path) -> tuple[torch.nn.Module, torch.Tensor]:
     return base, outputs(model)
 
 
+def trains_otherwise(case: Case) -> bool:
+    own = case.method == "Lora" and case.fields.keys() & {*TRAINED}
+    return bool(own) or any(f.endswith("dropout") and (case.method, f) != ("Lora", "lora_dropout") for f in case.fields)
+
+
 def check(case: Case, folder: Path) -> None:
     base, expected = saved(case, folder)
     if case.refused:
@@ -49,8 +56,7 @@ def check(case: Case, folder: Path) -> None:
         assert not ll.adapters(base)
         return
     before = outputs(base)
-    dropout = any(name.endswith("dropout") and name != "lora_dropout" for name in case.fields)
-    ll.import_peft(base, folder, trainable=not dropout)
+    ll.import_peft(base, folder, trainable=not trains_otherwise(case))
     got, tolerance = outputs(base.eval()), {"atol": 2e-5, "rtol": 1e-4}
     if case.base == "float64":  # what PEFT opens: it writes some tensors in float32
         expected, tolerance = (
@@ -135,3 +141,45 @@ def test_embeddings_that_peft_saves_beside(tmp_path: Path) -> None:
         ll.AdapterFileError, match=r"lm_head.weight \(64, 64\) is not this model's .*give the base those weights first"
     ):
         ll.import_peft(base, tmp_path)
+
+
+def changed(folder: Path, **fields: object) -> Path:
+    """The same folder with other fields in its config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("field", TRAINED)
+def test_what_peft_trains_otherwise_is_run_and_then_trained_as_a_lora(field: str, tmp_path: Path) -> None:
+    name = next(name for name, case in OPTIONS.items() if field in case.fields)
+    base, expected = saved(OPTIONS[name], tmp_path / "theirs")
+    with pytest.raises(ll.AdapterFileError, match=rf"{field}=.* {TRAINED[field]}; .*trainable=False\).*'lora'$"):
+        ll.import_peft(base, tmp_path / "theirs")
+    ll.save(ll.import_peft(base, tmp_path / "theirs", trainable=False).model, tmp_path / "ours.safetensors")
+    ll.detach(base)
+    adapter = ll.load(base, tmp_path / "ours.safetensors")
+    torch.testing.assert_close(outputs(base), expected, rtol=1e-4, atol=2e-5)
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
+    if field != "use_bdlora":  # without the field nobody knows what its tensors are
+        ll.detach(base)
+        with pytest.raises(
+            ll.AdapterFileError, match=r"lora_(velora|monteclora)_.* is nothing that variant 'lora' reads"
+        ):
+            ll.import_peft(base, changed(tmp_path / "theirs", **{field: None}), trainable=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (3, r"q_proj: use_bdlora={.*}: nblocks is a whole number that divides 4 and 64"),
+        (None, r"q_proj: use_bdlora={.*}: nblocks is a whole number that divides 4 and 64"),
+        (4, r"q_proj: lora_A is \(4, 32\); with nblocks=4 it is \(4, 64\) or \(4, 16\)"),
+    ],
+)
+def test_blocks_of_another_number(given: object, told: str, tmp_path: Path) -> None:
+    name = next(name for name, case in OPTIONS.items() if "use_bdlora" in case.fields)
+    base, _ = saved(OPTIONS[name], tmp_path)
+    with pytest.raises(ll.AdapterFileError, match=told):
+        ll.import_peft(base, changed(tmp_path, use_bdlora={"nblocks": given}), trainable=False)
+    assert not ll.adapters(base)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_lite as ll
-from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED
+from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED, TRAINED
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP = "[" * 200_000
@@ -299,7 +299,9 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "dropout is a text": ("lora", fields(lora_dropout="0.1"), "lora_dropout='0.1' in adapter_config.json: it is a number fr"),
     "dropout of 2": ("lora", fields(lora_dropout=2), "lora_dropout=2 in adapter_config.json: it is a number from 0 to 1"),
     "bias": ("lora", fields(bias="lora_only"), "bias='lora_only' in adapter_config.json: adapter_model.safetensors lacks layers.0.q_proj.bias"),
-    "lora_bias": ("lora", fields(lora_bias=True), "lora_bias=True is more than a low-rank product"),
+    "lora_bias": ("lora", fields(lora_bias=True), "'lora_B.bias' is missing"),
+    "lora_bias beside": ("lora", put(f"{Q}.lora_B.bias", torch.zeros(8)), "lora_B.bias is nothing that variant 'lora' reads"),
+    "blocks: to be trained": ("lora", fields(use_bdlora={"nblocks": 2}), "use_bdlora={'nblocks': 2} in adapter_config.json keeps what is outside of the blo.*trainable=False"),
     "qalora: of single inputs": ("lora", fields(use_qalora=True, qalora_group_size=4), None or ""),
     "qalora: no group": ("lora", fields(use_qalora=True, qalora_group_size=0), None or ""),
     "alora: no ids": ("lora", fields(alora_invocation_tokens=["a"]), r"alora_invocation_tokens=\['a'\] in adapter_config.json: it is a list of token ids"),
@@ -399,7 +401,9 @@ ODD = [
 @pytest.mark.parametrize(
     "values", [ODD[::6], pytest.param([one for n, one in enumerate(ODD) if n % 6], marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", [*KINDS, *IGNORED, *REFUSED, "lora_dropout", "module_dropout", "unknown", ""])
+@pytest.mark.parametrize(
+    "name", [*KINDS, *IGNORED, *REFUSED, *TRAINED, "lora_dropout", "module_dropout", "unknown", ""]
+)
 def test_any_value_in_any_field(name: str, values: list[Any], good: dict[str, Path], tmp_path: Path) -> None:
     """An adapter or a typed error; a field that says nothing of the adapter may hold anything."""
     configs = {method: json.loads((good[method] / CONFIG).read_text(encoding="utf-8")) for method in CONFIGS}

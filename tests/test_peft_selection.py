@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED
+from lora_lite_core.files.peft.config_json.fields import IGNORED, KINDS, REFUSED, TRAINED
 from lora_lite_core.files.peft.config_json.selection import Selection
 
 from .test_export import gpt2, llama
@@ -84,6 +84,13 @@ def test_the_same_ranks_as_peft() -> None:
         assert (own["r"], own["lora_alpha"]) == (layer.r["default"], layer.lora_alpha["default"]), path
 
 
+def test_a_layer_that_is_selected_twice() -> None:
+    both = {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}
+    told = "target_modules and target_parameters both select model.layers.0.self_attn.q_proj, model.layers.1"
+    with pytest.raises(ll.AdapterFileError, match=told):
+        Selection(both, llama()).adapted()
+
+
 CLASSES = ["LoraConfig", "IA3Config", "HRAConfig", "OFTConfig", "RoadConfig", "DeloraConfig"]
 BY_THE_METHOD = {"eps", "num_cayley_neumann_terms"}  # read by OFT's from_peft, without a kind
 
@@ -91,7 +98,7 @@ BY_THE_METHOD = {"eps", "num_cayley_neumann_terms"}  # read by OFT's from_peft, 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_field_of_pefts_configs_is_known(name: str) -> None:
     """Read, ignored for a reason, or refused. A later peft may have more, which are refused where they are on."""
-    known = {*IGNORED, *REFUSED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
+    known = {*IGNORED, *REFUSED, *TRAINED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
     fields = {field.name for field in dataclasses.fields(getattr(peft, name))}
     assert not fields - known or tuple(map(int, peft.__version__.split(".")[:2])) > (0, 21)
     assert not {*IGNORED} & {*REFUSED}
@@ -100,5 +107,5 @@ def test_every_field_of_pefts_configs_is_known(name: str) -> None:
 
 def test_every_field_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs/from-peft.md").read_text(encoding="utf-8")
-    known = {*IGNORED, *REFUSED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
+    known = {*IGNORED, *REFUSED, *TRAINED, *KINDS, *BY_THE_METHOD, "lora_dropout", "module_dropout"}
     assert not [field for field in sorted(known) if f"`{field}`" not in page]

@@ -33,8 +33,8 @@ from .readers import Part, read_parts
 from .tensor_forms.base_tensors import without_base, without_copies
 from .tensor_forms.biases import trained_biases, with_plain_biases
 from .tensor_forms.for_all import common_tensors
-from .tensor_forms.forms import place_of_key, read_form
-from .tensor_forms.starts import check_start
+from .tensor_forms.forms import as_stored, place_of_key, read_form
+from .tensor_forms.starts import check_start, check_start_of_weights
 from .tensor_forms.tied_tokens import leave_to_leaders
 
 FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
@@ -77,6 +77,7 @@ def _read(model: nn.Module, folder: Path, trainable: bool) -> tuple[list[Part], 
     check_fields(config)
     check_start(config, trainable)
     selection = Selection(config, model)
+    check_start_of_weights(config, selection.weights)
     tensors = without_copies(with_plain_biases(tensors), selection.whole())
     whole = {**_whole_modules(selection, tensors), **trained_biases(selection, tensors)}
     common = common_tensors(tensors, model)
@@ -138,7 +139,8 @@ def _by_layer(selection: Selection, tensors: Mapping[str, Tensor]) -> dict[str, 
             raise AdapterFileError(
                 f"{first_of([key])} is {tensor.dtype}; an adapter's tensors are {', '.join(FLOAT_DTYPES)}"
             )
-        name, tensor = read_form(place, name, tensor)
+        read = as_stored if path in selection.weights else read_form
+        name, tensor = read(place, name, tensor)
         found.setdefault(f"{path}.{part}" if part else path, {})[name] = tensor
     if not found:
         raise AdapterFileError(f"{WEIGHTS} holds no tensor of a layer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,44 @@ def test_formula(bias: bool, alpha: float | None, rslora: bool) -> None:
     ours = torch.autograd.grad(got, (x, layer.lora_A, layer.lora_B), direction)
     theirs = torch.autograd.grad(expected, (x, A, B), direction)
     assert all(float((a - b).detach().abs().max()) < 1e-12 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_of_B(bias: bool, rslora: bool) -> None:
+    cfg = ll.LoRAConfig(r=4, alpha=8, rslora=rslora, bias=True)
+    layer, x = filled(cfg, torch.float64, bias)
+    names = ("lora_A", "lora_B", "lora_bias")
+    A, B, c = (getattr(layer, name).detach().clone().requires_grad_() for name in names)
+    scale = 4 if rslora else 2
+    expected = F.linear(x, layer.weight, layer.bias) + scale * (x @ A.T @ B.T + c)
+    got = layer(x)
+    assert float((got - expected).detach().abs().max()) < 1e-12
+    direction = torch.randn_like(got)
+    ours = torch.autograd.grad(got, (x, *(getattr(layer, name) for name in names)), direction)
+    theirs = torch.autograd.grad(expected, (x, A, B, c), direction)
+    assert all(float((a - b).detach().abs().max()) < 1e-12 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_where_a_bias_of_B_cannot_go(tmp_path: Path) -> None:
+    """A plain LoRA has none, embeddings and experts of the peft package neither; merged it is the layer's bias."""
+    model, x = nn.Sequential(nn.Linear(12, 7)), torch.randn(5, 12)
+    for parameter in ll.attach(model, ll.LoRAConfig(r=4, bias=True)).parameters():
+        nn.init.normal_(parameter)
+    expected = model(x).detach()
+    with pytest.raises(ll.MergeError, match="shifts the bias of 0"):
+        ll.export_lora(model, tmp_path / "served")
+    with pytest.raises(ll.MergeError, match="shifts the bias of 0"):
+        ll.combine(model, {"default": 1.0}, name="sum")
+    ll.export_peft(model, tmp_path / "theirs")
+    ll.merge(model)
+    torch.testing.assert_close(model(x).detach(), expected)
+    table = nn.Sequential(nn.Embedding(12, 7))
+    nn.init.normal_(
+        ll.attach(table, ll.LoRAConfig(r=2, bias=True, target_names=("0",))).layers()["0"].params["lora_bias"]
+    )
+    with pytest.raises(ll.MergeError, match="lora_B.bias of an embedding has no form in PEFT"):
+        ll.export_peft(table, tmp_path / "table")
 
 
 def test_start() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lite_core import ConfigError, MergeError
 
+BESIDE = {"lora_A": "supertuning_lora_A.weight", "lora_B": "supertuning_lora_B.weight"}
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -49,20 +50,25 @@ def super_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair
         raise MergeError("PEFT's Super-Tuning counts entries with 32 bits, and the layer has more")
     fields = {"peft_type": "SUPERTUNING", "sparsity": cfg.sparsity, "select_top": not cfg.smallest}
     tensors = {"supertuning_indices": params["lora_places"].int(), "supertuning_values": params["lora_values"]}
+    if cfg.r:
+        fields |= {"r": cfg.r, "lora_alpha": cfg.r if cfg.alpha is None else cfg.alpha}
+        tensors |= {name: params[ours] for ours, name in BESIDE.items()}
     return {**fields, "save_precomputed_indices": True}, tensors
 
 
 def super_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: Any) -> Pair | None:
     if config["peft_type"] != "SUPERTUNING":
         return None
-    if config.get("r"):
-        raise ConfigError(f"r={config['r']!r} is a LoRA beside the entries, which this variant has not")
     if not config.get("save_precomputed_indices", True):
         raise ConfigError("save_precomputed_indices=False leaves out which entries they are; save it with them")
     values = tensors["supertuning_values"]
     where = _inside(tensors["supertuning_indices"].long(), layer, len(values))
     fields = {"sparsity": config["sparsity"], "smallest": not config.get("select_top", True)}
-    return fields, {"lora_places": where, "lora_values": values}
+    found = {"lora_places": where, "lora_values": values}
+    if config.get("r"):
+        fields |= {"r": config["r"], "alpha": config["lora_alpha"]}
+        found |= {ours: tensors[name] for ours, name in BESIDE.items()}
+    return fields, found
 
 
 def c3a_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:

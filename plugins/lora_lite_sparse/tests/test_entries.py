@@ -37,6 +37,15 @@ def test_formula(name: str) -> None:
     assert_same(layer, x, expected, {"lora_values": values})
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6.0, 2.0)])
+def test_a_product_beside_the_entries(alpha: float | None, scale: float) -> None:
+    layer, x = filled(ll.SupertuningConfig(sparsity=0.9, r=3, alpha=alpha))
+    names = ("lora_values", "lora_A", "lora_B")
+    values, A, B = (getattr(layer, name).detach().clone().requires_grad_() for name in names)
+    expected = F.linear(x, layer.weight + dense(layer, values) + scale * B @ A, layer.bias)
+    assert_same(layer, x, expected, dict(zip(names, (values, A, B), strict=True)))
+
+
 @pytest.mark.parametrize("r", [1, 9])  # by a few draws, and by an order of all entries
 def test_random_places(r: int) -> None:
     model = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, D_IN))
@@ -121,3 +130,10 @@ def test_refusals() -> None:
         ll.attach(model, ll.SupertuningConfig(sparsity=0.999))
     with pytest.raises(ll.ConfigError, match=r"SupertuningConfig\(sparsity=1\): a share from 0 to below 1"):
         ll.SupertuningConfig(sparsity=1)
+    with pytest.raises(
+        ll.ConfigError, match=r"SupertuningConfig\(r=-1, alpha=None\): r from 0, alpha above 0 beside it"
+    ):
+        ll.SupertuningConfig(r=-1)
+    for r, alpha in ((0, 4.0), (4, 0.0)):
+        with pytest.raises(ll.ConfigError, match=rf"SupertuningConfig\(r={r}, alpha={alpha}\): r from 0, alpha above"):
+            ll.SupertuningConfig(r=r, alpha=alpha)

@@ -23,6 +23,7 @@ CASES: dict[str, Any] = {
     "Supertuning of the smallest": lambda: peft.SupertuningConfig(
         sparsity=0.8, select_top=False, target_modules=LAYERS
     ),
+    "Supertuning with a rank": lambda: peft.SupertuningConfig(sparsity=0.8, r=3, lora_alpha=4.5, target_modules=LAYERS),
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=40, target_modules=LAYERS),
     "FourierFT with options": lambda: peft.FourierFTConfig(
         n_frequency=40, scaling=99.0, random_loc_seed=3, n_frequency_pattern={"q_proj": 40}, target_modules=LAYERS
@@ -70,7 +71,6 @@ def test_sizes_that_differ_are_read_and_not_written(name: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (lambda: peft.SupertuningConfig(sparsity=0.8, r=2, target_modules=LAYERS), "r=2 is a LoRA beside the entries"),
         (
             lambda: peft.SupertuningConfig(sparsity=0.8, save_precomputed_indices=False, target_modules=LAYERS),
             "save_precomputed_indices=False leaves out which entries they are",

@@ -54,10 +54,13 @@ IN_PEFT = (
 REFUSED = {
     "layer_replication": "builds another model of the base's layers",
     "megatron_config": "is for layers of Megatron",
-    "velora_config": "trains with a backward pass of its own",
-    "monteclora_config": "samples the factors",
-    "use_bdlora": "has block-diagonal factors",
     "arrow_config": "chooses between adapters at every token",
+}
+# What PEFT does in training and nobody here does: the outputs are the same.
+TRAINED = {
+    "use_bdlora": "keeps what is outside of the blocks at zero in training",
+    "monteclora_config": "draws lora_A anew at each step of training, with a loss of its own",
+    "velora_config": "trains lora_A with gradients of compressed inputs",
 }
 
 _SHORT = reprlib.Repr()
@@ -193,6 +196,11 @@ def check_all_read(config: Tracked[Any], variant: str, trainable: bool) -> None:
     known |= {pattern for field, pattern in PER_LAYER.items() if field in config.read}
     for name in config:
         value = dict.__getitem__(config, name)
+        if trainable and name in TRAINED and not off(value):
+            raise AdapterFileError(
+                f"{named(name, value)} {TRAINED[name]}; type import_peft(…, trainable=False) to run the adapter; "
+                f"what ll.save writes of that trains on as any '{variant}'"
+            )
         if name in known or off(value):
             continue
         if name.endswith("dropout"):

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from ....contract.errors import AdapterFileError
+from ....layers.kinds.embedding import is_embedding
+from ....layers.kinds.layer_kinds import is_conv1d, is_plain
 from .fields import PER_LAYER, first_of, named
 from .patterns import Patterns
 
@@ -27,6 +29,7 @@ class Selection:
         self.names = [name for name, _ in model.named_modules() if name]
         self.patterns = Patterns(self.names)
         self._sets: dict[str, frozenset[str]] = {}
+        self.weights, self._parameters = self._named()
         self.tokens = self._tokens()
 
     def adapted(self) -> set[str]:
@@ -39,16 +42,28 @@ class Selection:
             targets = self._all_linear()
         chosen = targets if isinstance(targets, str) else frozenset(targets)
         modules = {name for name in self.names if self._chosen(name, chosen) and not self._left_out(name)}
-        return {*modules, *parameters, *self.tokens}
+        if twice := sorted(modules.intersection(self.weights)):
+            raise AdapterFileError(f"target_modules and target_parameters both select {first_of(twice)}")
+        return {*modules, *self.weights, *parameters, *self.tokens}
 
     def parameters(self) -> list[str]:
-        """The parameters of target_parameters, in the model's order."""
+        """The parameters of target_parameters that are no layer's own weight, in the model's order."""
+        return self._parameters
+
+    def _named(self) -> tuple[dict[str, str], list[str]]:
+        """What target_parameters names: layers by their weights' names, and parameters, in the model's order."""
         wanted = self._set("target_parameters") if self.config.get("target_parameters") else frozenset[str]()
-        names = [name for name, _ in self.model.named_parameters()] if wanted else []
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)] if wanted else []
         found = [name for name in names if any(end in wanted for end in endings(name))]
         if unmatched := [key for key in wanted if not any(key in endings(name) for name in found)]:
             raise AdapterFileError(f"target_parameters: {first_of(unmatched)} is no parameter of this model")
-        return found
+        weights = {path: name for name in found if (path := name.removesuffix(".weight")) != name and self._whole(path)}
+        return weights, [name for name in found if name not in weights.values()]
+
+    def _whole(self, path: str) -> bool:
+        """Whether a layer's weight is one matrix as it is."""
+        layer = self.model.get_submodule(path)
+        return is_plain(layer) or is_conv1d(layer) or is_embedding(layer)
 
     def _tokens(self) -> dict[str, list[int]]:
         """The embeddings (and heads) whose rows trainable_token_indices trains beside the method."""
@@ -78,13 +93,14 @@ class Selection:
         if path in self.tokens:
             return {"peft_type": "TRAINABLE_TOKENS", "token_indices": self.tokens[path]}
         changes: dict[str, Any] = {"trainable_token_indices": None} if self.tokens else {}
+        known_as = self.weights.get(path, path)
         if "bias" in self.config:  # read already, of all layers
             changes["bias"] = "none"
         for field, table in PER_LAYER.items():
             if field not in self.config:  # methods call their alpha by one of two names
                 continue
             for pattern, value in (self.config.get(table) or {}).items():
-                if self.patterns.selects(table, pattern, path):
+                if self.patterns.selects(table, pattern, known_as):
                     changes[field] = value
                     break
         if "feedforward_modules" in self.config:

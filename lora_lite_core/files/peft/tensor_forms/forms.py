@@ -13,6 +13,7 @@ from ....contract.errors import AdapterFileError, MergeError
 from ....contract.target import Target
 from ....layers.kinds.convolution import is_convolution
 from ....layers.kinds.embedding import is_embedding
+from ....layers.kinds.layer_kinds import is_plain
 from .tied_tokens import ROWS
 
 INNER = "base_layer."  # PEFT wraps a module once for each of its parameters; the last one's name comes without
@@ -71,6 +72,7 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
     shapes = {
         "lora_A.weight": lambda tensor: (len(tensor), *kernel),
         "lora_B.weight": lambda tensor: (*tensor.shape, *ones),
+        "lora_B.bias": lambda tensor: tensor.shape,
         "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
     }
     if unknown := [name for name in tensors if name not in shapes]:
@@ -103,6 +105,15 @@ def read_form(place: Place, name: str, tensor: Tensor) -> tuple[str, Tensor]:
     if name.startswith("lora_magnitude"):
         return name, tensor.flatten()
     return name, tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
+def as_stored(place: Place, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """The same where PEFT adds B A to a layer's weight as it is stored: of Conv1D and of embeddings, transposed."""
+    if is_plain(place.layer) or name not in _TABLES:
+        return name, tensor
+    other = next(one for one in _TABLES if one != name)
+    scale = getattr(place.layer, "embed_scale", 1) if other == "lora_B.weight" else 1
+    return other, tensor.mT * scale if tensor.dim() == 2 else tensor
 
 
 def _stacked(place: Place, name: str, tensor: Tensor) -> Tensor:

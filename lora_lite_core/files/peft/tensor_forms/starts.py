@@ -8,7 +8,7 @@ reads it here does, too, from the weight, which stays as it is. The adapter then
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ....attached.targets.places import Place
 from ....contract.errors import AdapterFileError
 from ....layers.kinds.layer_kinds import storage_of
-from ..config_json.fields import BEGAN, CONFIG, named
+from ..config_json.fields import BEGAN, CONFIG, first_of, named
 from .tied_tokens import tied_to
 
 BASE = "base_layer.weight"  # a head's own weight, which PEFT writes beside its adapter: here less the start
@@ -59,6 +59,15 @@ def check_start(config: Mapping[str, Any], trainable: bool) -> None:
         )
     if reason := next((why for pattern, why in REASONS.items() if re.fullmatch(pattern, start)), None):
         raise AdapterFileError(f"{named(BEGAN, config[BEGAN])}: {reason}")
+
+
+def check_start_of_weights(config: Mapping[str, Any], layers: Collection[str]) -> None:
+    """Raise AdapterFileError where the start is out of weights that target_parameters names, as they are stored."""
+    if layers and changes_weight(config):
+        raise AdapterFileError(
+            f"{named(BEGAN, config[BEGAN])} with target_parameters: the start that is out of {first_of(layers)} is not "
+            f"made again here; {WAY_OUT}"
+        )
 
 
 def changes_weight(config: Mapping[str, Any]) -> bool:
