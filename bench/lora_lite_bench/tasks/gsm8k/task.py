@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interface import Batch, Protocol, Recipe, Split, Task
-from . import corpus, encoding, final_answers, loading
+from . import corpus, data_files, encoding, final_answers, loading
 from .protocols import BASE, PROMPT, PROTOCOLS
 
 
@@ -140,7 +140,10 @@ class Gsm8k(Task):
         return not self.quantize
 
     def sources(self) -> tuple[type | ModuleType, ...]:
-        return (Gsm8k, corpus, encoding, final_answers, loading)
+        return (Gsm8k, corpus, data_files, encoding, final_answers, loading)
+
+    def files(self) -> Sequence[Path]:
+        return [*super().files(), *(corpus.files(self.data) if self.data else ())]
 
     @classmethod
     def protocol_in(cls, folder: Path, knobs: Mapping[str, Any]) -> Protocol:
