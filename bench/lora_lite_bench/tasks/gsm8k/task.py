@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interface import Batch, Protocol, Recipe, Split, Task
+from ..lookup import make_task
 from . import corpus, data_files, encoding, final_answers, loading
 from .protocols import BASE, PROMPT, PROTOCOLS
 
@@ -150,4 +151,4 @@ class Gsm8k(Task):
         """An experiment of PEFT's method comparison."""
         from .experiment import read_experiment
 
-        return read_experiment(folder, lambda found: cls(**{**found, **knobs}))
+        return read_experiment(folder, lambda found: make_task("gsm8k", {**found, **knobs}))
