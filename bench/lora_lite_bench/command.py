@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,8 @@ def bench(
     named = {"model": base, "data": data, "quantize": quantize}
     comparison = Comparison(
         tasks=tasks or (tuple(small_task_names()) if full else ("shifted",)),
-        knobs=config_fields(knobs) | {name: value for name, value in named.items() if value is not None},
+        knobs=config_fields(knobs)
+        | {name: os.path.expanduser(value) for name, value in named.items() if value is not None},
         methods=names,
         files=files,
         fields=config_fields(fields),

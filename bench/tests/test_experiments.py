@@ -111,9 +111,65 @@ def test_training_parameters_that_are_refused(changes: dict[str, Any], message: 
         training_knobs({**DEFAULTS, **changes})
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"optimizer_kwargs": {"lr": None}}, r"optimizer_kwargs\.lr=None: a number above 0 is needed"),
+        ({"optimizer_kwargs": {"lr": -1e-4}}, r"optimizer_kwargs\.lr=-0\.0001: a number above 0"),
+        ({"optimizer_kwargs": ["lr"]}, r"optimizer_kwargs=\['lr'\]: a JSON object is needed"),
+        ({"seed": None}, "seed=None: a number"),
+        ({"dtype": "nf4"}, "training_params.json, as knobs of the task: .*dtype=nf4: a dtype of torch"),
+        ({"max_steps": "8"}, "steps=8: a whole number is needed"),
+        ({"query_template": "Q: {q}"}, "has no {query}, the place of the question"),
+    ],
+)
+def test_values_that_are_refused(training: Any, message: str, places: dict[str, str], tmp_path: Path) -> None:
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    place = experiment(tmp_path, cfg, training)
+    with pytest.raises(TaskError, match=message):
+        protocol_of("gsm8k", place, places)
+
+
+def test_null_is_no_setting(places: dict[str, str], tmp_path: Path) -> None:
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    place = experiment(tmp_path, cfg, {"optimizer_kwargs": None, "generation_kwargs": None})
+    protocol = protocol_of("gsm8k", place, places)
+    assert protocol is not None
+    assert (protocol.rate("lora"), protocol.knobs["trained_on"]) == (1e-4, "all")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alfa": 64}, "the installed PEFT has no lora_alfa of LORA; did you mean 'lora_alpha'.*take it out"),
+        ({"peft_type": "LORAX"}, "peft_type='LORAX' is no method of PEFT; did you mean 'LORA'"),
+        ({"peft_type": None}, "peft_type=None is no method of PEFT"),
+        ({"new": None}, ""),
+    ],
+)
+def test_fields_that_peft_would_drop(changes: Any, message: str, places: dict[str, str], tmp_path: Path) -> None:
+    """A setting with a slip in its name was dropped, with a warning of PEFT's alone; null of a newer PEFT says nothing."""
+    cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    place = Path(experiment(tmp_path, cfg))
+    given = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    (place / "adapter_config.json").write_text(json.dumps({**given, **changes}), encoding="utf-8")
+    if message:
+        with pytest.raises(TaskError, match=message):
+            protocol_of("gsm8k", str(place), places)
+    else:
+        assert protocol_of("gsm8k", str(place), places)
+
+
 def test_folders_that_are_refused(places: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"adapter_config\.json cannot be read: FileNotFoundError"):
         protocol_of("gsm8k", str(tmp_path), places)
+    tokens = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    with pytest.raises(
+        TaskError, match="no counterpart here: ValueError: PROMPT_TUNING adds tokens, and adapts no layer"
+    ):
+        protocol_of("gsm8k", experiment(tmp_path, tokens), places)
+    with pytest.raises(TaskError, match="task 'gsm8k' has no knob 'stepz'; did you mean 'steps'"):
+        protocol_of("gsm8k", experiment(tmp_path, tokens), {**places, "stepz": 3})
     cfg = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="corda")
     with pytest.raises(TaskError, match=r"adapter_config\.json has no counterpart here"):
         protocol_of("gsm8k", experiment(tmp_path, cfg), places)

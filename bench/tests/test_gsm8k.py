@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from lora_lite_bench.command import bench
 from lora_lite_bench.comparing.results import read
-from lora_lite_bench.runs.methods import ANCHORS, FULL, config_for
+from lora_lite_bench.runs.methods import ANCHORS, FROZEN, FULL, config_for
 from lora_lite_bench.runs.run import Job, run
 from lora_lite_bench.runs.training import Training
 from lora_lite_bench.tasks import TaskError, make_task
@@ -91,6 +93,35 @@ def test_a_quantised_base_in_bfloat16(job: Job, quantize: str) -> None:
     result = run(task)
     assert len(result.losses) == 6
     assert result.reload_error is not None
+
+
+@pytest.mark.parametrize("method", [FROZEN, "lora"])
+def test_a_quantised_base_computes_the_same_without_an_adapter(method: str, job: Job) -> None:
+    """The frozen base is not rearranged for AVX512-BF16 while others, that have adapters, are not."""
+    knobs = {**job.knobs, "quantize": "nf4", "dtype": "bfloat16"}
+    model, _ = (task := replace(job, knobs=knobs).make_task()).load()
+    layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
+    assert layers
+    assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+    assert run(replace(job, knobs=knobs, method=method, fields={} if method == FROZEN else job.fields)).test is not None
+    assert not task.trains_whole()
+
+
+def test_generation_is_greedy_whatever_the_model_was_saved_with(task: Any, tmp_path: Path) -> None:
+    """Instruct models bring a repetition penalty, which would not let numbers be repeated."""
+    shutil.copytree(task.model, tmp_path / "model")
+    own = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+        "max_length": 4,
+    }
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    prompts = ["Question: Ben has 5 pens. How many pens?\nAnswer:"]
+    other = replace(task, model=str(tmp_path / "model"))
+    plain, theirs = (encoding.generate(*one.load(), prompts, 96, 24) for one in (task, other))
+    assert plain == theirs
 
 
 def test_gates_are_outside_weight_decay(task: Any) -> None:

@@ -71,7 +71,7 @@ def test_splits(places: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda folder: (folder / "gsm8k/test.jsonl").unlink(), r"has no gsm8k/test\.jsonl \(or \.json, \.parquet\)"),
+        (lambda folder: (folder / "gsm8k/test.jsonl").unlink(), r"has no gsm8k/test\.jsonl \(or \.json, \.parquet; with \.gz, too\); it has gsm8k/train\.jsonl"),
         (lambda folder: (folder / "gsm8k/test.jsonl").write_text('{"q": 1}\n'), "has no column question and no answer; it has q"),
         (lambda folder: (folder / "gsm8k/test.jsonl").write_text("{}}\n"), r"gsm8k: test\.jsonl cannot be read: .*JSON parse error[\s\S]*one JSON object a line"),
     ],

@@ -21,7 +21,7 @@ def caption(table: TaskTable) -> str:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
     sentences += [*_examples(table.rows), *_other_steps(table)]
     if table.left_out:
-        sentences.append(f"Left out: {count(table.left_out, 'line')} of older code")
+        sentences.append(f"Left out: {count(table.left_out, 'line')} of older code, data or models")
     return ". ".join(sentences) + "."
 
 

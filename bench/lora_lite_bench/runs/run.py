@@ -20,6 +20,7 @@ from torch import nn
 import lora_lite_core as ll
 
 from ..tasks import Batch, Split, Task, make_task
+from ..tasks.contents import contents
 from ..tasks.lookup import source_of
 from .methods import ANCHORS, anchor_parameters, attach, config_for, source_hash
 from .model_state import spectrum, weights_hash
@@ -60,15 +61,19 @@ class Job:
         return make_task(self.task, self.knobs)
 
     def key(self) -> dict[str, Any]:
-        """What a result is found again by: the job, and the code of its task and its method."""
+        """What a result is found again by: the job, the code of its task and its method, and what the task reads."""
         spec = asdict(self)
         del spec["file"], spec["column"], spec["label"], spec["own_steps"]
-        return {**spec, "source": source_hash(*self._task_files(), *self._method_files())}
+        read = contents(self.make_task().files())
+        source = source_hash(*self._task_files(), *self._method_files())
+        return {**spec, "source": source, **({"contents": read} if read else {})}
 
     def code(self) -> tuple[str, str]:
-        """Hashes of the task's code and of the method's, "" of an anchor's: results of other code are others."""
-        files = self._method_files()
-        return source_hash(*self._task_files()), source_hash(*files) if files else ""
+        """Hashes of the task's code, with what it reads, and of the method's, "" of an anchor's: results of other code
+        are others."""
+        files, read = self._method_files(), contents(self.make_task().files())
+        task = source_hash(*self._task_files())
+        return f"{task}-{read}" if read else task, source_hash(*files) if files else ""
 
     def _task_files(self) -> list[Path | None]:
         return [source_of(source) for source in self.make_task().sources()]

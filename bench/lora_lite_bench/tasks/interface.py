@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .contents import model_files
 
 Split = Literal["train", "valid", "test", "own"]
 Batch = dict[str, Any]  # tensors by name, first dimension the examples; other values may ride along for `correct`
@@ -148,6 +150,11 @@ class Task(ABC):
     def sources(self) -> tuple[type | ModuleType, ...]:
         """Classes and modules whose files are the task's code: a result of other code is another result."""
         return (type(self),)
+
+    def files(self) -> Sequence[Path]:
+        """Files that it reads, of a folder that a knob names: their contents are part of what a result is of, as code
+        is. Those of `model`; a task with data adds them. Called after `prepare`."""
+        return model_files(self.model)
 
     @classmethod
     def protocol_in(cls, folder: Path, knobs: Mapping[str, Any]) -> Protocol:

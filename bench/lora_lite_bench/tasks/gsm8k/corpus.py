@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,30 +10,31 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain, told
 
 from ..cache import cache_folder
+from ..contents import contents
 from ..lookup import TaskError
 from . import final_answers
+from .data_files import files_of
 
 LONGEST = 1300  # characters of a query and its response together: longer ones are left out, as in PEFT's comparison
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Part = Literal["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set of texts is: on the hub and, under DIR, in files; and its columns."""
+    """Where a set of texts is: on the hub and, under DIR, in files; and its columns. `also` is the hub's file."""
 
     repository: str
     subset: str | None
     split: str
     file: str
     columns: tuple[str, str]
+    also: str = ""
 
 
-TRAIN = Source("meta-math/MetaMathQA", None, "train", "metamath/train", ("query", "response"))
+TRAIN = Source("meta-math/MetaMathQA", None, "train", "metamath/train", ("query", "response"), "MetaMathQA-395K")
 VALID = Source("openai/gsm8k", "main", "train", "gsm8k/train", ("question", "answer"))
 TEST = Source("openai/gsm8k", "main", "test", "gsm8k/test", ("question", "answer"))
 SOURCES: dict[Part, Source] = {"train": TRAIN, "valid": VALID, "test": TEST}
@@ -77,6 +79,11 @@ def texts(part: Part, data: str) -> tuple[Text, ...]:
     return tuple(found)
 
 
+def files(data: str) -> list[Path]:
+    """Those that all parts are read from, of a folder. Raises TaskError."""
+    return [file for source in SOURCES.values() for file in files_of(Path(data), source.file, source.also)[1]]
+
+
 def _texts(rows: Any, source: Source) -> list[Text]:
     try:
         pairs = list(zip(*(rows[name][:] for name in source.columns), strict=True))  # not row by row
@@ -103,31 +110,18 @@ def _datasets() -> Any:
 
 
 def _from_folder(folder: Path, source: Source) -> Any:
-    """DIR/metamath/train.jsonl and the like; .json and .parquet, too, in several files or as the hub lays them out."""
+    """What is in the folder's files; what datasets keeps of them is found again by their contents, not their time."""
     if not folder.is_dir():
         raise TaskError(f"--data {plain(folder)} is not a folder{_wanted()}")
-    above, _, stem = source.file.partition("/")
-    places = [folder / above, folder / above / "main", folder / above / "data"]
-    files = [
-        file
-        for place in places
-        for pattern in (f"{stem}.*", f"{stem}-*")
-        for file in sorted(place.glob(pattern))
-        if file.suffix in KINDS
-    ]
-    if not files:
-        raise TaskError(f"--data {plain(folder)} has no {source.file}.jsonl (or .json, .parquet){_wanted()}")
-    if len({(file.parent, file.suffix) for file in files}) > 1:
-        names = listed([str(file.relative_to(folder)) for file in files], 8)
-        raise TaskError(f"--data {plain(folder)} has {source.file} in more than one form: {plain(names)}; keep one")
-    empty = [file for file in files if not file.stat().st_size]
-    if empty:
-        raise TaskError(f"{plain(empty[0])} is empty{_wanted()}")
-    datasets = _datasets()
-    names = [str(file) for file in files]
-    cache = str(cache_folder() / "datasets")
     try:
-        return datasets.load_dataset(KINDS[files[0].suffix], data_files=names, split="train", cache_dir=cache)
+        kind, files = files_of(folder, source.file, source.also)
+    except TaskError as error:
+        raise TaskError(f"{error}{_wanted()}") from error
+    datasets = _datasets()
+    names = [glob.escape(str(file)) for file in files]
+    cache = str(cache_folder() / "datasets" / contents(files))
+    try:
+        return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cache)
     except Exception as error:
         of = plain(", ".join(file.name for file in files))
         raise TaskError(f"{plain(files[0].parent)}: {of} cannot be read: {plain(_reason(error))}{_wanted()}") from error

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+import lora_lite_core as ll
 from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain
 
 from ..lookup import TaskError, model_of
 
-QUANTIZED = ("nf4", "fp4", "int8")
+FOUR_BIT = ("nf4", "fp4")
+QUANTIZED = (*FOUR_BIT, "int8")
 
 
 def device() -> torch.device:
@@ -66,6 +68,9 @@ def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> 
     if checkpointing:
         enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    loaded.generation_config = GenerationConfig()  # what it brings, as a repetition penalty, is not greedy
+    if quantize in FOUR_BIT:
+        ll.prepare(loaded)  # the frozen base computes as those with adapters do
     return loaded.eval(), tokenizer
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..interface import Batch, Protocol, Recipe, Split, Task
-from . import corpus, encoding, final_answers, loading
+from ..lookup import make_task
+from . import corpus, data_files, encoding, final_answers, loading
 from .protocols import BASE, PROMPT, PROTOCOLS
 
 
@@ -140,11 +141,14 @@ class Gsm8k(Task):
         return not self.quantize
 
     def sources(self) -> tuple[type | ModuleType, ...]:
-        return (Gsm8k, corpus, encoding, final_answers, loading)
+        return (Gsm8k, corpus, data_files, encoding, final_answers, loading)
+
+    def files(self) -> Sequence[Path]:
+        return [*super().files(), *(corpus.files(self.data) if self.data else ())]
 
     @classmethod
     def protocol_in(cls, folder: Path, knobs: Mapping[str, Any]) -> Protocol:
         """An experiment of PEFT's method comparison."""
         from .experiment import read_experiment
 
-        return read_experiment(folder, lambda found: cls(**{**found, **knobs}))
+        return read_experiment(folder, lambda found: make_task("gsm8k", {**found, **knobs}))
