@@ -56,8 +56,11 @@ def plain_basis(layer: nn.Module, params: dict[str, Tensor], cfg: Any, generator
         _fill(params, truncated_svd(dense_weight(layer), cfg.r, generator))
 
 
-def oriented_bases(model: nn.Module, targets: tuple[Target, ...], cfg: Any, calibration_data: Any) -> None:
-    """U diag(S) Pᵀ of W T, with T a root or power of what the inputs are like, and P T⁻¹ in place of P."""
+def oriented_bases(
+    model: nn.Module, targets: tuple[Target, ...], cfg: Any, calibration_data: Any, power: float | None = None
+) -> None:
+    """U diag(S) Pᵀ of W T, with T a root or power of what the inputs are like, and P T⁻¹ in place of P. `power` is that
+    of a config without one; None is the statistic's own."""
     if cfg.basis == "svd":
         if calibration_data is not None:
             raise CalibrationError(
@@ -70,7 +73,7 @@ def oriented_bases(model: nn.Module, targets: tuple[Target, ...], cfg: Any, cali
     for target in targets:
         seen = found[target.name]
         if id(seen) not in scalings:
-            scalings[id(seen)] = seen.scaling(cfg.power)
+            scalings[id(seen)] = seen.scaling(power if cfg.power is None else cfg.power)
         T, weight = scalings[id(seen)], dense_weight(target.layer).double()
         T = T.to(weight.device)
         U, S, Vh = truncated_svd(weight @ T if whole else weight * T, target.cfg.r, torch.Generator())

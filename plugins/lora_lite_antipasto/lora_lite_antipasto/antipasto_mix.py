@@ -36,7 +36,8 @@ class AntiPaSTOMixConfig(RankConfig):
     r      number of singular triplets
     k      rank of what mixes them, at least 1
     basis  "svd", or with calibration data "corda" or "asvd"
-    power  exponent of the inputs' statistic: 1 (None) or 0.5 for corda, any up to 2 for asvd (None: 0.5)
+    power  exponent of the inputs' statistic: 0.5 (None) or 1 for corda, any up to 2 for asvd (None: 0.5). With 1, which
+           gains take, h is large where inputs are small, and those coordinates alone are mixed
     """
 
     variant = "antipasto_mix"
@@ -73,7 +74,7 @@ def init(layer: nn.Module, params: dict[str, Tensor], cfg: Any, generator: torch
 
 @hookimpl
 def group_init(model: nn.Module, targets: tuple[Target, ...], cfg: Any, calibration_data: Any) -> None:
-    _bases.oriented_bases(model, targets, cfg, calibration_data)
+    _bases.oriented_bases(model, targets, cfg, calibration_data, power=0.5)
 
 
 @hookimpl
