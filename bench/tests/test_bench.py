@@ -194,6 +194,8 @@ def test_matched_ranks_train_about_as_much() -> None:
     wanted = parameters_of(task, "lora", {})
     assert matched_rank(task, "pissa", {}, wanted) == 8
     assert matched_rank(task, "ia3", {}, wanted) is None
+    assert matched_rank(task, "hra", {}, wanted) == 16, "of even ranks alone: 15 would be nearer"
+    assert matched_rank(task, "shira", {}, wanted) == 8, "half the layer's size is the most that it takes"
     rank = matched_rank(task, "lora_xs", {}, wanted)
     assert rank == 50
     assert abs(parameters_of(task, "lora_xs", {"r": rank}) - wanted) <= 0.1 * wanted

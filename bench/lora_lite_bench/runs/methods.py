@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,21 +62,30 @@ def parameters_of(task: Task, method: str, fields: dict[str, Any], calibration: 
 
 
 def matched_rank(task: Task, method: str, fields: dict[str, Any], wanted: int, calibration: Any = None) -> int | None:
-    """The rank at which a variant trains about `wanted` parameters, by bisection; None for a variant without a rank,
-    and where no rank comes within MATCHED of it."""
+    """The rank at which a variant trains about `wanted` parameters, by bisection among those that it takes here;
+    None for a variant without a rank, and where no rank comes within MATCHED of it."""
     if not isinstance(config_for(task, method, fields), ll.RankConfig):
         return None
-    step = getattr(config_for(task, method, fields), "block_size", 1)
-    low, high = 1, max(1, smallest_side(task, method, fields) // step)
 
-    def count(units: int) -> int:
-        return parameters_of(task, method, {**fields, "r": units * step}, calibration)
+    def takes(rank: int) -> bool:
+        try:
+            config_for(task, method, {**fields, "r": rank})
+        except ll.ConfigError:  # an odd one, or no multiple of a block's size
+            return False
+        return True
 
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middle) >= wanted else (middle + 1, high)
-    best = min((units for units in (low - 1, low) if units), key=lambda units: abs(count(units) - wanted))
-    return best * step if abs(count(best) - wanted) <= MATCHED * wanted else None
+    @cache
+    def count(rank: int) -> float:
+        try:
+            return parameters_of(task, method, {**fields, "r": rank}, calibration)
+        except ll.TargetError:  # more than the layers have room for
+            return math.inf
+
+    ranks = [rank for rank in range(1, smallest_side(task, method, fields) + 1) if takes(rank)]
+    place = bisect_left(ranks, wanted, key=count)
+    near = ranks[max(0, place - 1) : place + 1]
+    best = min(near, key=lambda rank: abs(count(rank) - wanted), default=None)
+    return best if best is not None and abs(count(best) - wanted) <= MATCHED * wanted else None
 
 
 def attach(model: nn.Module, cfg: ll.AdapterConfig, seed: int, calibration: Any, name: str = "default") -> ll.Adapter:
