@@ -17,7 +17,8 @@ from lora_lite_core.files.peft.config_json.fields import TRAINED
 peft = pytest.importorskip("peft")
 from .peft_cases import METHODS, Case, base_of, everywhere, options, outputs  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers' own
+# peft's and transformers' own; the last tells of patterns that match nothing
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning")
 OPTIONS, EVERYWHERE = options(), everywhere()
 PROMPTS = {
     "PROMPT_TUNING",

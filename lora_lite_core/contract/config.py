@@ -65,8 +65,9 @@ class AdapterConfig:
                 other = OTHER_NAMES.get(name)
                 hint = f"; did you mean '{other}'?" if other in known else did_you_mean(name, known)
                 raise ConfigError(f"{cls.__name__} has no field '{name}'{hint}\n  fields: {', '.join(known)}")
-        for f in fields(cls):  # RankConfig and its like say more of their own
-            if f.name in given and f.name not in ("r", "alpha", "dropout") and (kind := wanted(f.type, given[f.name])):
+        own = ("r", "alpha", "dropout") if issubclass(cls, RankConfig) else ()  # of which it says more
+        for f in fields(cls):
+            if f.name in given and f.name not in own and (kind := wanted(f.type, given[f.name])):
                 raise ConfigError(f"{cls.__name__}({f.name}={given[f.name]!r}): {f.name} is {kind}")
         return super().__new__(cls)
 

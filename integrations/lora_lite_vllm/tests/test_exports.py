@@ -19,6 +19,7 @@ def settings(adapters: Path, folder: Path, **more: object) -> Settings:
     return Settings(adapters, exports=folder, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_file_is_exported_once_for_each_content(base: Path, adapters: Path, tmp_path: Path) -> None:
     given = settings(adapters, tmp_path)
     made = asyncio.run(exported(given, str(base), "hra"))
