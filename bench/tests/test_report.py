@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from lora_lite_bench.comparing.results import ResultsFile, read
 from lora_lite_bench.comparing.table import Row, tables
 from lora_lite_bench.report.command import report
-from lora_lite_bench.report.pictures import scores
+from lora_lite_bench.report.pictures import parameters, scores
 from lora_lite_bench.report.style import headline, name_points, new
 from lora_lite_bench.runs.costing import Costs
 from lora_lite_bench.runs.methods import FROZEN, FULL
@@ -122,6 +122,17 @@ def test_one_seed_says_nothing_of_differences(results: Path) -> None:
     said = [figure.get_suptitle().replace("\n", " ") for figure in map(scores, title)]
     assert said[0].startswith("shifted: of 3 methods ")
     assert said[1].strip() == "shifted: test scores of one seed: the differences may be chance"
+
+
+def test_of_methods_that_score_the_same_none_scores_highest(results: Path) -> None:
+    records = read([results])
+    (said,) = [figure.get_suptitle().replace("\n", " ") for table in tables(records) if (figure := parameters(table))]
+    assert "highest" in said
+    for record in records:
+        if isinstance(record.outcome, Result):
+            record.outcome.test = 0.0
+    (said,) = [figure.get_suptitle().replace("\n", " ") for table in tables(records) if (figure := parameters(table))]
+    assert said.strip() == "shifted: all methods score 0.0 %"
 
 
 def test_names_cover_neither_each_other_nor_points() -> None:

@@ -107,18 +107,25 @@ def parameters(table: TaskTable) -> Figure | None:
     axes.set_ylabel("test score, %")
     axes.margins(0.1)
     axes.set_ylim(-3, 103)
-    best = [row.label for _, _, row in front]
-    verb = "scores" if len(best) == 1 else "score"
-    says = f"for the parameters that they train, {_listed(best)} {verb} highest" if best else "the anchors alone"
     headline(
         figure,
-        f"{table.task}: {says}",
+        f"{table.task}: {_who_is_best([row for _, _, row in front], [row for _, _, row in points])}",
         "Grey steps: the Pareto front of mean scores, no variant with fewer parameters scores higher than those on it; "
         f"bars: {LEVEL:.0%} interval over seeds. Points whose bars reach the steps may belong to it.",
     )
     halves = [100 * row.main.test.half for _, _, row in points]
     name_points(axes, points, [half if math.isfinite(half) else 0.0 for half in halves])
     return figure
+
+
+def _who_is_best(front: list[Row], rows: list[Row]) -> str:
+    scores = {row.main.test.mean for row in rows if row.method not in ANCHORS}
+    if not scores:
+        return "the anchors alone"
+    if len(scores) == 1 < len([row for row in rows if row.method not in ANCHORS]):
+        return f"all methods score {100 * scores.pop():.1f} %"
+    verb = "scores" if len(front) == 1 else "score"
+    return f"for the parameters that they train, {_listed([row.label for row in front])} {verb} highest"
 
 
 def costs(table: TaskTable) -> Figure | None:
