@@ -75,6 +75,7 @@ def test_from_the_meta_device_through_shards(tmp_path: Path) -> None:
         torch.testing.assert_close(output, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
 
 
+@pytest.mark.slow
 def test_heads_and_refusals_in_shards(tmp_path: Path) -> None:
     together(heads, str(tmp_path))
     said = [torch.load(tmp_path / f"said{rank}.pt") for rank in range(2)]

@@ -51,7 +51,9 @@ def test_the_start_is_the_identity_in_training_too(name: str) -> None:
     assert torch.equal(model.eval()(X), base)
 
 
-@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize(
+    "name", [name if name in ("lora", "eva") else pytest.param(name, marks=pytest.mark.slow) for name in DROPPING]
+)
 def test_evaluation_drops_nothing_and_training_averages_to_it(name: str) -> None:
     """Every draw is another one; their mean is the output of evaluation, for these methods are affine in x."""
     model, adapter = adapted(DROPPING[name])

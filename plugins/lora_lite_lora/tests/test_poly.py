@@ -28,6 +28,7 @@ def test_promises(check: Any) -> None:
     check()
 
 
+@pytest.mark.slow
 @variant_checks(config(tasks=1, splits=4))
 def test_promises_with_splits(check: Any) -> None:
     check()

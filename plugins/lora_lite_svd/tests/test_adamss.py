@@ -33,6 +33,7 @@ def test_promises_while_groups_are_left_out(check: Any) -> None:
     check()
 
 
+@pytest.mark.slow
 @variant_checks(config(like_peft=True, r=4, threshold=0.2))
 def test_promises_with_groups_of_peft(check: Any) -> None:
     check()

@@ -24,6 +24,7 @@ def config(**fields: Any) -> Any:
     return ll.LoraLiteConfig(variant="osf", **fields)
 
 
+@pytest.mark.slow
 @variant_checks(config(keep=56))
 def test_promises_of_few_triplets(check: Any) -> None:
     check()
