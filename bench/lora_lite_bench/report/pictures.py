@@ -119,11 +119,11 @@ def parameters(table: TaskTable) -> Figure | None:
 
 
 def _who_is_best(front: list[Row], rows: list[Row]) -> str:
-    scores = {row.main.test.mean for row in rows if row.method not in ANCHORS}
+    scores = [row.main.test.mean for row in rows if row.method not in ANCHORS]
     if not scores:
         return "the anchors alone"
-    if len(scores) == 1 < len([row for row in rows if row.method not in ANCHORS]):
-        return f"all methods score {100 * scores.pop():.1f} %"
+    if len(set(scores)) == 1 < len(scores):
+        return f"all methods score {100 * scores[0]:.1f} %"
     verb = "scores" if len(front) == 1 else "score"
     return f"for the parameters that they train, {_listed([row.label for row in front])} {verb} highest"
 

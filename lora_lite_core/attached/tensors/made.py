@@ -68,12 +68,12 @@ def _init_one(target: Target, shared: Mapping[str, Tensor], seed: int, given: Co
     assert target.seen is not None
     params, before = {**target.seen}, as_made(target.seen)
     versions = {bare: tensor._version for bare, tensor in shared.items()}
-    generator = generator_for(seed, target, "init")
     arguments = {"layer": target.layer, "params": params, "cfg": target.cfg, "name": target.name}
+    arguments["generator"] = generator_for(seed, target, "init")
     label = f"init of variant '{target.variant.name}'"
     given_so = not_finite({bare: params[bare] for bare in given})
     try:
-        returned = target.variant.init({**arguments, "generator": generator})
+        returned = target.variant.init(arguments)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ModelStateError(
             f"{label} failed on {target.name}; does its weight hold nan or inf?\n  {error}"

@@ -75,9 +75,9 @@ def param_specs(d_in: int, d_out: int, cfg: SupertuningConfig) -> dict[str, Para
         )
     places = ParamSpec((count,), trainable=False, dtype=torch.int64, doc="row · d_in + column")
     entries = {"lora_places": places, "lora_values": ParamSpec((count,), doc="changes of these entries")}
-    rank = max(1, cfg.r)
-    product = {"lora_A": ParamSpec((rank, d_in), "kaiming_uniform"), "lora_B": ParamSpec((d_out, rank))}
-    return {**entries, **product} if cfg.r else entries
+    if not cfg.r:
+        return entries
+    return {**entries, "lora_A": ParamSpec((cfg.r, d_in), "kaiming_uniform"), "lora_B": ParamSpec((d_out, cfg.r))}
 
 
 @hookimpl
