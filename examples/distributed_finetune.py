@@ -115,7 +115,10 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"step {step}: loss {float(mean) / dist.get_world_size():.4f}", flush=True)
     ll.save(model, args.out)
+    dist.barrier()
     dist.destroy_process_group()
+    if not on_gpu:
+        os._exit(0)  # a thread of gloo that still holds a tensor as Python ends would abort the process
 
 
 if __name__ == "__main__":
