@@ -146,6 +146,46 @@ def header_text(tensors: Mapping[str, Any]) -> str | None:
         return None
 
 
+def check_same_adapter(label: str, name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise AdapterFileError unless a header, called by its label, is that of adapter `name`, whose own is `here`; how
+    its layers were chosen does not matter."""
+    about, way_out = f"adapter '{name}'", "attach what the checkpoint was trained with, or begin in another folder"
+    if there["variant"] != here["variant"]:
+        raise AdapterFileError(
+            f"{label} holds variant '{plain(there['variant'])}', and {about} is a '{here['variant']}'; {way_out}"
+        )
+    if differ := _differing("only in the checkpoint", there["targets"], "only on the model", here["targets"], 3):
+        raise AdapterFileError(f"{label} is on other layers than {about}; {way_out}\n{differ}")
+    for path, target in there["targets"].items():
+        has = {**here["config"], **here["targets"][path]["overrides"]}
+        had = {**there["config"], **target["overrides"]}
+        for field in dict.fromkeys((*has, *had)):
+            if field not in CHOOSING and has.get(field) != had.get(field):
+                raise AdapterFileError(
+                    f"{label} was trained with {plain(field)}={plain(repr(had.get(field)))}, and {about} has "
+                    f"{plain(field)}={has.get(field)!r} (on {path}); {way_out}"
+                )
+
+
+def check_same_tensors(label: str, name: str, shapes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise AdapterFileError unless these shapes by the tensors' names in a file are those of adapter `name`."""
+    if differ := _differing("unexpected", shapes, "missing", own, 4):
+        raise AdapterFileError(f"{label} does not hold the tensors of adapter '{name}'\n{differ}")
+    for key, shape in own.items():
+        if tuple(shapes[key]) != tuple(shape):
+            raise AdapterFileError(
+                f"{label}: {key} has shape {list(shapes[key])}, and {list(shape)} in adapter '{name}'"
+            )
+
+
+def _differing(said: str, found: Mapping[str, Any], or_said: str, expected: Mapping[str, Any], most: int) -> str:
+    """Two lines of the names that one has and the other lacks; "" where both have the same."""
+    if found.keys() == expected.keys():
+        return ""
+    more, less = (plain(key) for key in found if key not in expected), (key for key in expected if key not in found)
+    return f"  {said}: {listed(more, most)}\n  {or_said}: {listed(less, most)}"
+
+
 _FIELDS: dict[str, type] = {
     "variant": str, "config": dict, "targets": dict, "seed": int, "core_version": str, "plugin": dict
 }  # fmt: skip

@@ -25,10 +25,11 @@ from lora_lite_core.attached.tensors.declared import specs_for
 from lora_lite_core.contract.errors import listed
 from lora_lite_core.contract.text import plain
 from lora_lite_core.files.adapter_file import (
-    CHOOSING,
     FORMAT,
     FORMAT_VERSION,
     HEADER_TENSOR,
+    check_same_adapter,
+    check_same_tensors,
     header_fields,
     header_text,
 )
@@ -153,50 +154,15 @@ def restore(model: nn.Module, name: str, tensors: Mapping[str, Tensor], on_base_
             f"  they are: {listed(map(plain, tensors), 3)}"
         )
     there, here = header_fields(text, "the checkpoint"), json.loads(header(model, name))
-    _compare(name, there, here)
-    missing = [key for key in saved if key not in tensors]
-    unexpected = [key for key in tensors if key not in saved and key != HEADER_TENSOR]
-    if missing or unexpected:
-        raise AdapterFileError(
-            f"the checkpoint does not hold the tensors of adapter '{name}'\n"
-            f"  missing: {listed(missing, 4)}\n  unexpected: {listed(map(plain, unexpected), 4)}"
-        )
     for key, (_, tensor) in saved.items():
         if is_sharded(tensor):
             raise ModelStateError(f"{key} is sharded; load the checkpoint before the model is sharded")
-        if tensors[key].shape != tensor.shape:
-            shapes = f"{list(tensors[key].shape)} in the checkpoint and {list(tensor.shape)}"
-            raise AdapterFileError(f"{key} has shape {shapes} in adapter '{name}'")
+    check_same_adapter("the checkpoint", name, there, here)
+    shapes = {key: tensor.shape for key, tensor in tensors.items() if key != HEADER_TENSOR}
+    check_same_tensors("the checkpoint", name, shapes, {key: tensor.shape for key, (_, tensor) in saved.items()})
     fingerprints = {path: (one["fingerprint"], one["storage"]) for path, one in there["targets"].items()}
     check_base("the checkpoint", adapters(model)[name].layers().values(), fingerprints, on_base_mismatch)
     with torch.no_grad():
         for key, (_, tensor) in saved.items():
             tensor.copy_(tensors[key])
     adapters(model)[name].record.step = there["step"]
-
-
-def _compare(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """AdapterFileError unless two headers speak of the same adapter; how its layers were chosen does not matter."""
-    about = f"adapter '{name}'"
-    if there["variant"] != here["variant"]:
-        raise AdapterFileError(
-            f"the checkpoint holds variant '{plain(there['variant'])}', and {about} is a '{here['variant']}'; "
-            "attach what the checkpoint was trained with, or begin in another folder"
-        )
-    if there["targets"].keys() != here["targets"].keys():
-        more = [path for path in there["targets"] if path not in here["targets"]]
-        less = [path for path in here["targets"] if path not in there["targets"]]
-        raise AdapterFileError(
-            f"the checkpoint is on other layers than {about}\n"
-            f"  only in the checkpoint: {listed(map(plain, more), 3)}\n  only in {about}: {listed(less, 3)}"
-        )
-    for path, target in there["targets"].items():
-        own = {**here["config"], **here["targets"][path]["overrides"]}
-        saved = {**there["config"], **target["overrides"]}
-        for field in dict.fromkeys((*own, *saved)):
-            if field not in CHOOSING and own.get(field) != saved.get(field):
-                raise AdapterFileError(
-                    f"the checkpoint was trained with {plain(field)}={plain(repr(saved.get(field)))}, and {about} has "
-                    f"{plain(field)}={own.get(field)!r} (on {path}); attach what the checkpoint was trained with, or "
-                    "begin in another folder"
-                )

@@ -118,7 +118,7 @@ OTHER = {
     "another variant": ({"variant": "lora", "r": 2}, ll.AdapterFileError, "the checkpoint holds variant 'pissa', and adapter 'default' is a 'lora'"),
     "another alpha": ({**PISSA, "alpha": 8.0}, ll.AdapterFileError, "the checkpoint was trained with alpha=None, and adapter 'default' has alpha=8.0 (on model.layers.0.self_attn.q_proj)"),
     "another rank": ({**PISSA, "r": 3}, ll.AdapterFileError, "trained with r=2, and adapter 'default' has r=3"),
-    "other layers": ({**PISSA, "target_names": ("q_proj",)}, ll.AdapterFileError, "the checkpoint is on other layers than adapter 'default'\n  only in the checkpoint: model.layers.0.self_attn.v_proj"),
+    "other layers": ({**PISSA, "target_names": ("q_proj",)}, ll.AdapterFileError, "the checkpoint is on other layers than adapter 'default'; attach what the checkpoint was trained with, or begin in another folder\n  only in the checkpoint: model.layers.0.self_attn.v_proj"),
     "modules trained whole": ({**PISSA, "modules_to_save": ["norm"]}, ll.AdapterFileError, "missing: model.norm.weight"),
     "the same layers, otherwise chosen": ({**PISSA, "target_names": ("(q|v)_proj",)}, None, ""),
 }  # fmt: skip
