@@ -113,7 +113,12 @@ def test_the_package_table_is_what_the_packages_provide() -> None:
         assert rows[package] == ", ".join(names)
 
 
-@pytest.mark.parametrize("command", re.findall(r"`(lora-lite (?:variants|inspect|check (?!gained))[^`]*)`", README))
+COMMANDS = re.findall(r"`(lora-lite (?:variants|inspect|check (?!gained))[^`]*)`", README)
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=[pytest.mark.slow] if "check" in one else []) for one in COMMANDS]
+)
 def test_commands_in_the_readme(command: str, in_a_folder: Path) -> None:
     if "VARIANT" in command:
         command = command.replace("VARIANT", "ia3")
@@ -190,6 +195,7 @@ def test_the_small_table_quotes_the_performance_page(name: str) -> None:
         assert numbers == known[method.lower()], method
 
 
+@pytest.mark.slow
 def test_pages_made_from_the_code_are_current() -> None:
     """In a process of its own: click remembers how a command was first asked for its help."""
     made = [sys.executable, str(ROOT / "tools/make_docs.py"), "--check"]

@@ -134,6 +134,7 @@ def test_the_files_that_the_page_shows(tmp_path: Path) -> None:
     assert lines in (package / "pyproject.toml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)

@@ -83,7 +83,9 @@ def test_temporary_files_of_the_same_target_go(target: str, tmp_path: Path) -> N
 
 
 @POSIX
-@pytest.mark.parametrize(("module", "function"), [("os", "fsync"), ("os", "replace")])
+@pytest.mark.parametrize(
+    ("module", "function"), [pytest.param("os", "fsync", marks=pytest.mark.slow), ("os", "replace")]
+)
 def test_what_a_killed_process_leaves_goes(module: str, function: str, tmp_path: Path) -> None:
     path = tmp_path / TARGET
     (tmp_path / "notes.tmp").write_text("mine")

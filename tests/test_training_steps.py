@@ -303,7 +303,8 @@ def train_sharded(rank: int, name: str, folder: str) -> None:
         torch.save((losses, whole), Path(folder) / "out.pt")
 
 
-@pytest.mark.parametrize("name", ["adalora", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_sharded_over_two_processes_it_is_as_in_one(name: str, tmp_path: Path) -> None:
     together(train_sharded, name, str(tmp_path))
     losses, whole = torch.load(tmp_path / "out.pt", weights_only=True)

@@ -50,6 +50,7 @@ def test_refused_with_rank_and_error(base: Path, adapters: Path, tmp_path: Path)
     exports.export(adapters / "wide.safetensors", str(base), tmp_path / "again", 32, 1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_process_of_its_own_says(adapters: Path, tmp_path: Path) -> None:
     with pytest.raises(ll.MergeError, match=r"^adapter 'lora' is not served: --base .*nowhere cannot be loaded by tra"):
         asyncio.run(exported(settings(adapters, tmp_path), str(tmp_path / "nowhere"), "lora"))
