@@ -189,3 +189,10 @@ def test_a_file_is_enough(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli.main, ["check", str(other)])
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_no_command_is_cut_off_in_the_list() -> None:
+    """In the width of a terminal each says what it does to the end of the sentence."""
+    with click.Context(cli.main, info_name="lora-lite", max_content_width=80, terminal_width=80) as context:
+        listed = cli.main.get_help(context).partition("Commands:\n")[2]
+    assert "..." not in listed, listed

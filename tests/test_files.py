@@ -257,6 +257,9 @@ def test_foreign_files(tmp_path: Path) -> None:
         "is a safetensors file but not a lora-lite adapter\n  its 1 tensor: base_model.model.q_proj.lora_A.weight"
         in message
     )
+    assert f"this is PEFT's: import_peft(model, '{tmp_path}')" in message
+    save_file({"x": torch.zeros(1)}, path)
+    assert "import_peft" not in refusal(ll.AdapterFileError, path)
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "lora-lite", "format_version": "9"})
     assert "has adapter format 9, this lora-lite-core reads 1; type: pip install --upgrade" in refusal(
         ll.AdapterFileError, path

@@ -304,3 +304,27 @@ def test_the_files_can_be_read_by_whom_the_umask_says(export: Callable[..., Any]
         os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes == {CONFIG: 0o640, WEIGHTS: 0o640, REPORT: 0o640}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's and transformers' own
+@pytest.mark.parametrize("export", EXPORTS)
+def test_peft_finds_the_base_by_what_a_folder_says(export: str, tmp_path: Path) -> None:
+    """`AutoPeftModelForCausalLM`, which people are used to, needs a class beside the base's name."""
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    for p in ll.attach(model, ll.LoRAConfig(r=2)).parameters():
+        p.data.normal_()
+    EXPORTS[export](model, tmp_path / "folder")
+    tokens = torch.arange(5)[None]
+    for opener in (AutoPeftModelForCausalLM, AutoPeftModel):
+        again = opener.from_pretrained(tmp_path / "folder").eval()
+        torch.testing.assert_close(again(input_ids=tokens).logits, model(tokens).logits)
+
+
+def test_a_folder_of_a_nameless_base_says_no_class(tmp_path: Path) -> None:
+    ll.export_lora(net(), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["auto_mapping"] is None

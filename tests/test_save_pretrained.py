@@ -171,6 +171,14 @@ def test_the_only_adapter_of_a_folder_whatever_its_name(tmp_path: Path) -> None:
     assert ll.load(model, tmp_path).name == "default"
 
 
+def test_a_folder_of_peft_says_what_opens_it(tmp_path: Path) -> None:
+    model = net()
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ll.AdapterFileError) as caught:
+        ll.load(model, tmp_path)
+    assert str(caught.value) == f"{tmp_path} is a folder of PEFT's; type: import_peft(model, '{tmp_path}')"
+
+
 def test_folders_that_do_not_say_which(tmp_path: Path) -> None:
     model = net()
     with pytest.raises(ll.AdapterFileError) as caught:

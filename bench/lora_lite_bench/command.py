@@ -179,6 +179,8 @@ def _show(comparison: Comparison, out: Path) -> None:
     for table in made:
         for one in terminal_tables(table):
             wide.print(one)
+    if comparison.size == "quick":
+        click.echo("--quick: a check that all works, not a result")
     click.echo(f"{len(records)} lines in {out}")
     if made:
         page = out.with_suffix(".html")

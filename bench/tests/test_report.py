@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from lora_lite_bench.comparing.results import ResultsFile, read
-from lora_lite_bench.comparing.table import Row, tables
+from lora_lite_bench.comparing.table import Row, TaskTable, tables
 from lora_lite_bench.report.command import report
-from lora_lite_bench.report.pictures import parameters, scores
+from lora_lite_bench.report.curves import losses, rates
+from lora_lite_bench.report.pictures import forgetting, parameters, scores
 from lora_lite_bench.report.style import headline, name_points, new
 from lora_lite_bench.runs.costing import Costs
 from lora_lite_bench.runs.methods import FROZEN, FULL
 from lora_lite_bench.runs.run import Job, Result
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 METHODS = {"lora": 0.7, "ia3": 0.3, "dora": 0.72, "antipasto": 0.5, FULL: 0.6}
@@ -163,3 +166,64 @@ def test_what_a_picture_says_is_text_of_the_page(results: Path, tmp_path: Path) 
     assert "<figcaption><b>shifted: of 3 methods " in words
     assert "the best rate is 0.01 for all" in words, "not: between 0.01 and 0.01, so one would be unfair"
     assert words.count("<th>variant</th>") == 2, "scores, then costs: both fit a desktop's screen"
+
+
+def _says(figure: Figure | None) -> str:
+    assert figure is not None
+    return " ".join(figure.get_suptitle().split())
+
+
+def _shown(axis: Axis) -> list[str]:
+    """The numbers in view (panels share an axis, and most leave the text out)."""
+    low, high = sorted(axis.get_view_interval())
+    return [axis.get_major_formatter()(at) for at in axis.get_majorticklocs() if low <= at <= high]
+
+
+def test_logarithmic_axes_have_numbers(results: Path) -> None:
+    """Losses of one run often lie within a decade: powers of ten alone would leave the axis bare."""
+    (table,) = tables(read([results]))
+    for figure in (rates(table), losses(table)):
+        assert figure is not None
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes[: len(METHODS)]:
+            for axis in (axes.xaxis, axes.yaxis):
+                assert 2 <= len(_shown(axis)) <= 9, _shown(axis)
+                assert "$" not in "".join(_shown(axis))
+
+
+def _of(results: Path, *methods: str) -> TaskTable:
+    (table,) = tables([record for record in read([results]) if record.job.method in (*methods, FROZEN, FULL)])
+    return table
+
+
+def test_one_method_is_called_by_its_name(results: Path) -> None:
+    figure = scores(_of(results, "lora", "ia3"))
+    assert _says(figure) == "shifted: ia3 is worse than lora"
+
+
+def test_anchors_are_not_called_variants(results: Path) -> None:
+    figure = losses(_of(results, "lora", "ia3"))
+    assert figure is not None
+    assert ": half-way through, of the variants " in _says(figure)
+
+
+def test_what_a_neighbouring_rate_does_not_say(results: Path) -> None:
+    """A grid has two points a decade: which of two neighbours is best may be chance."""
+    table = _of(results, "lora", "ia3")
+    for row, lr in zip(table.rows, (0.01, 0.032, 0.032, 0.01), strict=False):
+        row.main.lr = lr
+    figure = rates(table)
+    assert _says(figure) == "shifted: the best rates, 0.01 and 0.032, are neighbours in the grid"
+    table.rows[0].main.lr = 0.32
+    figure = rates(table)
+    assert _says(figure).endswith("between 0.032 and 0.32, so one rate for all would be unfair")
+
+
+def test_how_much_of_the_own_task_there_was(results: Path) -> None:
+    table = _of(results, "lora", "ia3")
+    for row in table.rows:
+        row.forgets = 0.98
+    figure = forgetting(table)
+    assert _says(figure) == (
+        "shifted: whatever learns it forgets the base's own task, on which the frozen model scores 99 %"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,11 @@ def test_a_table() -> None:
         frozen,
     ]
     (table,) = tables(records)
-    assert [row.method for row in table.rows] == ["dora", "lora", "ia3", FROZEN], "by score, anchors last"
+    assert cells(table.rows[0])[3:5] == ("–", "–"), "no rank was matched"
+    few = made("lora_xs", [0.2, 0.3, 0.25], trainable=20)
+    matched = [replace(r, job=replace(r.job, column="matched"), key=f"{r.key} matched") for r in few]
+    (table,) = tables([*records, *few, *matched])
+    assert [row.method for row in table.rows] == ["dora", "lora", "lora_xs", "ia3", FROZEN], "by score, anchors last"
     row = table.row("ia3")
     assert row is not None
     assert row.main.lr == 0.01, "chosen on validation, not by the higher test score"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from lora_lite_bench.comparing.caption import caption
+from lora_lite_bench.comparing.caption import caption, costs_caption
 from lora_lite_bench.comparing.results import Record
-from lora_lite_bench.comparing.table import TaskTable, tables
+from lora_lite_bench.comparing.table import TaskTable, cells, tables
 from lora_lite_bench.report.command import report
 from lora_lite_bench.report.page import environments
+from lora_lite_bench.runs.costing import Costs
 from lora_lite_bench.runs.methods import FROZEN
 from lora_lite_bench.runs.run import Job, Result
 
@@ -108,6 +109,22 @@ def test_the_caption_says_what_was_swept() -> None:
         "One seed: no interval can be given. Rates as the command, the protocol or the module (BENCH) states them, not "
         "swept. Seeds paired: same batches, same start. Test % of 300 examples, valid % of 100 examples."
     )
+
+
+def test_the_captions_say_what_columns_are() -> None:
+    (table,) = tables([*runs("lora", 0.5), *runs("dora", 0.5)])
+    assert "Matched" not in caption(table), "the same numbers twice, in two columns, where no rank was matched"
+    assert {cells(row)[4] for row in table.rows} == {"–"}
+    matched = runs("dora", 0.6, column="matched")
+    (table,) = tables([*runs("lora", 0.5), *runs("dora", 0.5), *matched])
+    assert "–" not in {cells(row)[4] for row in table.rows}
+    assert "Matched: with the rank that trains as many parameters as lora." in caption(table)
+    table.rows[0].forgets = 0.4
+    assert "Forgets %: points that the base's own task has lost." in caption(table)
+    table.rows[0].costs = Costs(examples=32)
+    words = costs_caption(table)
+    assert "on a training batch of 32 examples. MACs: " in words
+    assert all(f"{head}: " in words for head in ("× frozen", "Init", "Peak", "Reload error"))
 
 
 def test_environments_that_do_not_contradict_each_other_are_one() -> None:

@@ -90,7 +90,7 @@ def main() -> None:
     """PyTorch adapters as plugins."""
 
 
-@main.command()
+@main.command(short_help="List the installed variants.")
 @click.argument("pattern", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--check", is_flag=True, help="Import every variant and show what fails.")
@@ -102,7 +102,7 @@ def variants(pattern: str | None, as_json: bool, check: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@main.command()
+@main.command(short_help="Show what an adapter file holds, or what a variant is.")
 @click.argument("subject", metavar="FILE|VARIANT")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(subject: str, as_json: bool) -> None:
@@ -123,7 +123,7 @@ def inspect(subject: str, as_json: bool) -> None:
         click.echo(json.dumps(about, indent=2) if as_json else _page(about))
 
 
-@main.command()
+@main.command(short_help="Check that a variant keeps every promise of the library.")
 @click.argument("name", metavar="VARIANT|FILE.py")
 @click.option("--set", "pairs", multiple=True, metavar="FIELD=VALUE", help="A config field, as in --set block_size=8.")
 @click.option("--only", multiple=True, metavar="CHECK", help="Run this check alone; may be repeated.")
@@ -167,7 +167,7 @@ def check(name: str, pairs: tuple[str, ...], only: tuple[str, ...], expect: tupl
         raise click.exceptions.Exit(1)
 
 
-@main.command()
+@main.command(short_help="Write a package with a working variant, to start from.")
 @click.argument("name")
 @click.option(
     "--folder", default=".", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Parent folder."

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 
-@click.command()
+@click.command(short_help="Write an adapter file as a folder for PEFT, vLLM, SGLang, llama.cpp.")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--base", required=True, help="Folder or name of the base model, as transformers loads it.")
 @click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder to write.")

@@ -110,10 +110,16 @@ def open_adapter(path: str | os.PathLike[str]) -> Generator[tuple[AdapterFile, T
 def _adapter_file(opened: TensorFile) -> AdapterFile:
     path, metadata = plain(opened.path), opened.metadata
     if metadata.get("format") != FORMAT:
+        of_peft = any(key.startswith("base_model.model.") for key in opened.entries)
+        folder = plain(os.path.dirname(opened.path) or ".")
         raise AdapterFileError(
             f"{path} is a safetensors file but not a lora-lite adapter\n"
             f"  its {count(len(opened.entries), 'tensor')}: {listed(map(plain, opened.entries), 3)}\n"
-            "  adapters are written by save(model, path)"
+            + (
+                f"  this is PEFT's: import_peft(model, '{folder}')"
+                if of_peft
+                else "  adapters are written by save(model, path)"
+            )
         )
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):

@@ -63,6 +63,8 @@ def adapter_in(folder: str | os.PathLike[str], name: str) -> Path:
         return found[name]
     if len(found) == 1:
         return next(iter(found.values()))
+    if not found and (Path(folder) / "adapter_config.json").is_file():
+        raise AdapterFileError(f"{plain(folder)} is a folder of PEFT's; type: import_peft(model, '{plain(folder)}')")
     if not found:
         raise AdapterFileError(
             f"{plain(folder)} holds no adapter: neither {plain(adapter_path(folder, name))} nor another\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_lite_core.contract.text import count
 
-from ..runs.methods import FROZEN
+from ..runs.methods import FROZEN, REFERENCE
 from .noise import LEVEL
 from .table import Row, TaskTable
 
@@ -20,9 +20,22 @@ def caption(table: TaskTable) -> str:
     if several:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
     sentences += [*_examples(table.rows), *_other_steps(table)]
+    sentences += _words(table.rows)
     if table.left_out:
         sentences.append(f"Left out: {count(table.left_out, 'line')} of older code, data or models")
     return ". ".join(sentences) + "."
+
+
+def costs_caption(table: TaskTable) -> str:
+    """What stands below the table of costs."""
+    counts = sorted({row.costs.examples for row in table.rows if row.costs and row.costs.examples})
+    step = f"a training batch of {' or '.join(map(str, counts))} examples" if counts else "a training batch"
+    return (
+        f"Measured alone, in turn with the frozen model, whose backward pass reaches the embeddings, on {step}. "
+        "MACs: multiply-accumulates that the adapter's matrix products add. × frozen: fwd and bwd together. Init: the "
+        "adapter's start. Peak: tensors made during a first step. Reload error: largest difference of outputs after "
+        "save and load onto a fresh model."
+    )
 
 
 def _rates(rows: list[Row]) -> list[str]:
@@ -47,3 +60,12 @@ def _other_steps(table: TaskTable) -> list[str]:
     rows = [row for row in table.rows if row.method != FROZEN and row.main.steps != table.steps]
     other = ", ".join(f"{row.label} {row.main.steps:,}" for row in rows)
     return [f"Trained for steps of its own, as its module states (BENCH): {other}"] if other else []
+
+
+def _words(rows: list[Row]) -> list[str]:
+    """What the columns are that are there for some tables only."""
+    matched = any("matched" in row.scores for row in rows)
+    return [
+        *([f"Matched: with the rank that trains as many parameters as {REFERENCE}"] if matched else []),
+        *(["Forgets %: points that the base's own task has lost"] if any(row.forgets for row in rows) else []),
+    ]

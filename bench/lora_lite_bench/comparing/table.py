@@ -121,6 +121,7 @@ def _table(group: Group) -> TaskTable:
     rows = [row for row in (_row(label, records) for label, records in by_row(group.records).items()) if row.scores]
     job = group.records[0].job
     table = TaskTable(job.task, job.knobs, group.steps, rows, group.left_out)
+    any_matched = any("matched" in row.scores for row in rows)
     frozen = next((row.first.own for row in rows if row.method == FROZEN), None)
     for row in rows:
         reference = _reference(row, table)
@@ -129,7 +130,7 @@ def _table(group: Group) -> TaskTable:
         if reference is not None:
             row.against = reference.label
             same = abs(row.first.trainable - reference.first.trainable) <= MATCHED * reference.first.trainable
-            if same and row.method not in ANCHORS:
+            if any_matched and same and row.method not in ANCHORS:
                 row.scores.setdefault("matched", row.main)
             theirs = reference.main.by_seed()
             row.difference = {column: paired(scores.by_seed(), theirs) for column, scores in row.scores.items()}

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ..comparing.table import Row, TaskTable
 from ..runs.methods import ANCHORS, REFERENCE
 from .style import ACCENT, FAINT, colour, headline, new
 
 ACROSS = 4
+NEIGHBOURS = 3.5  # a grid of two points a decade: rates less than this factor apart
 
 
 def rates(table: TaskTable) -> Figure | None:
@@ -46,6 +48,8 @@ def rates(table: TaskTable) -> Figure | None:
     says = f"the best rates lie between {low:.2g} and {high:.2g}, so one rate for all would be unfair"
     if low == high:
         says = f"the best rate is {low:.2g}" + (" for all" if len(rows) > 1 else "")
+    elif high < NEIGHBOURS * low:
+        says = f"the best rates, {low:.2g} and {high:.2g}, are neighbours in the grid"
     headline(
         figure,
         f"{table.task}: {says}",
@@ -87,7 +91,7 @@ def losses(table: TaskTable) -> Figure | None:
     )
     headline(
         figure,
-        f"{table.task}: half-way through, {quick.label} has the lowest training loss",
+        f"{table.task}: half-way through, of the variants {quick.label} has the lowest training loss",
         f"Dark: mean over seeds, smoothed over five steps; grey: single seeds; orange: {REFERENCE}. "
         "All see the same batches.",
         105,
@@ -111,12 +115,23 @@ def _panels(rows: Sequence[Row], titles: Sequence[str], draw: Callable[[Axes, Ro
         one.set_title(title, fontsize=11.5, fontweight="bold", loc="left", color=colour(row), parse_math=False)
     for one in axes[len(rows) :]:
         one.set_axis_off()
+    for axis in (one for panel in axes for one in (panel.xaxis, panel.yaxis)):
+        if axis.get_scale() == "log":
+            _number(axis)
     for n, one in enumerate(axes):
-        one.xaxis.set_minor_formatter(NullFormatter())
-        one.yaxis.set_minor_formatter(NullFormatter())
         if n + across >= len(rows):
             one.set_xlabel(x)
             one.tick_params(labelbottom=True)
         if n % across == 0:
             one.set_ylabel(y)
     return figure
+
+
+def _number(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis, also where it spans less than a decade, and few where it spans several."""
+    low, high = sorted(axis.get_view_interval())
+    decades = math.log10(high / low)
+    subs = (1,) if decades > 2 else (1, 3) if decades > 1 else (1, 2, 5) if decades > 0.5 else (1, 1.5, 2, 3, 4, 5, 7)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(lambda value, at: f"{value:g}")
+    axis.set_minor_locator(NullLocator())

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_lite_core.contract.text import count, plain, told
 
-from ..comparing.caption import caption
+from ..comparing.caption import caption, costs_caption
 from ..comparing.results import Record, ResultsError
 from ..comparing.table import COSTS, HEADS, SCORES, TaskTable, cells, tables
 from .pictures import pictures
@@ -66,7 +66,11 @@ def png(figure: Figure) -> bytes:
 
 def _section(table: TaskTable) -> str:
     figures = "".join(_figure(shows, figure) for _, shows, figure in pictures(table))
-    costs = _table(table, COSTS) if any(row.costs for row in table.rows) else ""
+    costs = (
+        f"{_table(table, COSTS)}<p class='small'>{_text(costs_caption(table))}</p>"
+        if any(row.costs for row in table.rows)
+        else ""
+    )
     return (
         f"<h2>{_text(table.title)}</h2>{_table(table, SCORES)}<p class='small'>{_text(caption(table))}</p>"
         f"{costs}{figures}"

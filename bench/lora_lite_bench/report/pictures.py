@@ -78,6 +78,9 @@ def _said(table: TaskTable) -> str:
         alone = all(len(row.main.runs) == 1 for row in table.rows)
         return "test scores of one seed: the differences may be chance" if alone and methods else "test scores"
     words = [row.verdict() for row in compared]
+    if len(words) == 1:
+        word = {"not": "cannot be told from", "better": "is better than", "worse": "is worse than"}
+        return f"{compared[0].label} {word[words[0].split()[0]]} {REFERENCE}"
     count = {word: sum(text.startswith(word) for text in words) for word in ("not", "better", "worse")}
     return (
         f"of {len(compared)} methods {count['not']} cannot be told from {REFERENCE}, "
@@ -187,7 +190,10 @@ def forgetting(table: TaskTable) -> Figure | None:
         "that the base had on its own task"
     )
     if least > 0.9 * own:
-        says = f"{table.task}: whatever learns it forgets the base's own task, {own:.0f} points before"
+        says = (
+            f"{table.task}: whatever learns it forgets the base's own task, "
+            f"on which the frozen model scores {own:.0f} %"
+        )
     headline(figure, says, "Up: learned more. Left: forgot less. The best corner is top left.")
     name_points(axes, points)
     return figure

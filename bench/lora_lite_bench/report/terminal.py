@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lora_lite_core.contract.text import plain
 
-from ..comparing.caption import caption
+from ..comparing.caption import caption, costs_caption
 from ..comparing.table import COSTS, HEADS, SCORES, TaskTable, cells
 
 
@@ -17,7 +17,7 @@ def terminal_tables(table: TaskTable) -> Iterator[Table]:
     rows = [cells(row) for row in table.rows]
     yield _table(rows, SCORES, table.title, caption(table))
     if any(row.costs for row in table.rows):
-        yield _table(rows, COSTS, f"{table.task}: costs", "measured alone, in turn with the frozen model")
+        yield _table(rows, COSTS, f"{table.task}: costs", costs_caption(table))
 
 
 def _table(rows: Sequence[tuple[str, ...]], columns: Sequence[int], title: str, below: str) -> Table:

@@ -54,7 +54,13 @@ def write_folder(
     """`tensors` by module path and PEFT's own name; `report` is what the folder says of itself beside PEFT's files.
     Raises AdapterFileError for all that the system refuses."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    common = {"base_model_name_or_path": str(base) if base else None, "task_type": None, "inference_mode": True}
+    kind = type(model)  # as PEFT says it where there is no task_type: its AutoPeftModel… load the base by it
+    common = {
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__} if base else None,
+        "base_model_name_or_path": str(base) if base else None,
+        "task_type": None,
+        "inference_mode": True,
+    }
     try:
         text = _json({**common, **fields})
     except ValueError as error:
