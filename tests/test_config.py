@@ -58,6 +58,7 @@ def test_first_matching_pattern_wins() -> None:
     [
         (lambda: ll.LoRAConfig(rank=4), "LoRAConfig has no field 'rank'; did you mean 'r'?\n  fields: dtype"),
         (lambda: ll.LoRAConfig(target_modules=["q"]), "has no field 'target_modules'; did you mean 'target_names'?"),
+        (lambda: ll.LoRAConfig(modules_to_save=["score"]), "has no field 'modules_to_save'; did you mean 'train_modules'?"),
         (lambda: ll.IA3Config(rank=4), "IA3Config has no field 'rank'\n  fields: dtype"),
         (lambda: ll.LoRAConfig(target_name="q"), "LoRAConfig has no field 'target_name'; did you mean 'target_names'?\n  fields: dtype"),
         (lambda: ll.IA3Config(alpha=2), "IA3Config has no field 'alpha'"),

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "target_modules": "target_names",
     "exclude_modules": "exclude_names",
     "layers_to_transform": "layers",
+    "modules_to_save": "train_modules",
     "use_rslora": "rslora",
 }
 _patterns_are_run: ContextVar[bool] = ContextVar("_patterns_are_run", default=True)
