@@ -34,6 +34,18 @@ class Convolutions(nn.Module):
         return self.fc(self.c4(x.flatten(2)).flatten(1))
 
 
+class Pixels(nn.Module):
+    """Kernels of one pixel, of two dimensions and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c3, self.c4 = nn.Conv2d(3, 8, 1), nn.Conv1d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c4(self.c3(x).flatten(2))
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -57,12 +69,14 @@ BASES: dict[str, Any] = {
     "mixtral": mixtral,
     "conv": lambda: Convolutions().eval(),
     "groups": lambda: Convolutions(2).eval(),
+    "pixels": lambda: Pixels().eval(),
 }
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "bert": ["value", "dense"],
     "mixtral": ["q_proj"],
     "conv": ["c1", "c2", "c3", "c4", "fc"],
+    "pixels": ["c3", "c4"],
 }
 _made = functools.cache(lambda name: BASES[name]())
 
@@ -118,7 +132,7 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "Lily": ({"r": 4}, 0.1, [{}, {"stride_A": 2}, {"num_B": 3}, {"scaling": 0.5}, ("llama", {"target_modules": "all-linear"}, r"lora_B differs from that of another layer.*\n  with PEFT: peft.save_as_lora")]),
     "LNTuning": ({}, 0.1, [{"target_modules": ["input_layernorm", "norm"]}, ("gpt2", {"target_modules": ["ln_1", "ln_f"]}), ("llama", {"target_modules": ["q_proj"]}, "a Linear is no norm"), ("conv", {"target_modules": ["c1"]}, "a Conv2d is no norm")]),
     "LoHa": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"module_dropout": 0.1}, {"init_weights": False}, ("conv", {}), ("conv", {"use_effective_conv2d": True})]),
-    "LoKr": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"rank_dropout": 0.1, "rank_dropout_scale": True}, {"decompose_both": True}, {"decompose_factor": 4}, {"init_weights": "lycoris"}, {"r": 64}, ("conv", {"target_modules": ["c3", "fc"]}), ("conv", {"use_effective_conv2d": True}, "of a Conv2d PEFT splits the channels"), ("conv", {"target_modules": ["c4"]}, "of a Conv1d PEFT splits the channels")]),
+    "LoKr": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"rank_dropout": 0.1, "rank_dropout_scale": True}, {"decompose_both": True}, {"decompose_factor": 4}, {"init_weights": "lycoris"}, {"r": 64}, ("conv", {}), ("conv", {"r": 1}), ("conv", {"r": 1, "use_effective_conv2d": True, "target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"r": 1, "decompose_both": True, "decompose_factor": 4}), ("conv", {"decompose_factor": 2, "alpha": 3}), ("pixels", {})]),
     "Miss": ({"r": 8}, 0.05, [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 2}, {"miss_dropout": 0.1}, {"r": 6}]),
     "OFT": ({"oft_block_size": 8}, 0.05, [{}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3}, {"coft": True, "eps": 0.05}, {"coft": True, "eps": 0.05, "use_cayley_neumann": False}, {"block_share": True}, {"module_dropout": 0.1}, {"r": 4, "oft_block_size": 0}, ("conv", {"target_modules": ["c2"]}, "of a Conv2d PEFT adds turned patches up where they overlap"), ("llama", {"target_modules": ["embed_tokens"]}, "PEFT turns the table of an embedding")]),
     "Peanut": ({"r": 4}, 0.05, [{}, {"depth": 1}, {"depth": 2, "act_fn": "tanh"}, {"act_fn": "silu"}, {"scaling": 0.5}]),

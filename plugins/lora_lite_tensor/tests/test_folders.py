@@ -13,6 +13,7 @@ from torch import nn
 import lora_lite as ll
 from tests.models import token_ids
 from tests.oracles import peft_net, saved_by_peft
+from tests.peft_cases import base_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 LAYERS = ["q_proj", "up_proj", "down_proj"]
@@ -56,5 +57,60 @@ def test_dropout_is_for_running_alone(kind: str, tmp_path: Path) -> None:
 def test_what_peft_cannot_hold(kind: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(12, 10))
     ll.attach(model, ll.LoraLiteConfig(variant=kind, r=2, target_names=("0",)))
-    with pytest.raises(ll.MergeError, match=r"is read of nn\.Linear layers here, not of a Embedding"):
+    with pytest.raises(
+        ll.MergeError, match=r"is written of nn\.Linear, nn\.Conv1d and nn\.Conv2d here, not of a Embedding"
+    ):
+        ll.export_peft(model, tmp_path / "none")
+
+
+CONVOLUTIONS: dict[str, Any] = {
+    "LoHa": lambda: peft.LoHaConfig(r=3, target_modules=["c1", "c2", "c3", "c4", "fc"]),
+    "LoHa, kernels of their own": lambda: peft.LoHaConfig(
+        r=3, use_effective_conv2d=True, target_modules=["c1", "c2", "c3", "c4", "fc"]
+    ),
+    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["c1", "c2", "c3", "c4", "fc"]),
+    "LoKr of rank 1": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["c1", "c2", "c3", "c4", "fc"]),
+    "LoKr, kernels of their own": lambda: peft.LoKrConfig(
+        r=1, use_effective_conv2d=True, decompose_both=True, decompose_factor=4, target_modules=["c1", "c2", "c3", "fc"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_both_ways(name: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(base_of("conv"), CONVOLUTIONS[name]()).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected, ours = outputs(theirs), base_of("conv")
+    assert not torch.allclose(outputs(ours), expected, atol=1e-2), "it does something"
+    ll.import_peft(ours, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(ours), expected, rtol=1e-4, atol=1e-4)
+    ll.save(ours, tmp_path / "ours.safetensors")
+    ll.export_peft(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base_of("conv"), tmp_path / "ours").eval()
+    torch.testing.assert_close(outputs(back), expected, rtol=1e-4, atol=1e-4)
+    again = base_of("conv")
+    ll.load(again, tmp_path / "ours.safetensors")
+    torch.testing.assert_close(outputs(again), outputs(ours))
+
+
+@pytest.mark.parametrize(
+    ("layer", "split", "wanted"),
+    [
+        (nn.Conv2d(4, 6, 3), "patches", "channels"),
+        (nn.Conv2d(4, 6, 3), "swapped", "channels"),
+        (nn.Conv1d(4, 6, 3), "channels", "swapped"),
+        (nn.Conv1d(4, 6, 1), "patches", "swapped"),
+        (nn.Linear(4, 6), "swapped", "channels"),
+    ],
+)
+def test_splits_that_are_not_pefts(layer: nn.Module, split: str, wanted: str, tmp_path: Path) -> None:
+    model = nn.Sequential(layer)
+    ll.attach(model, ll.LoKrConfig(r=9, split=split, target_names=("0",)))
+    told = (
+        rf"LoKrConfig\(split='{split}'\) on a {type(layer).__name__}: PEFT computes split='{wanted}' there; merge\(mod"
+    )
+    with pytest.raises(ll.MergeError, match=told):
         ll.export_peft(model, tmp_path / "none")

@@ -52,7 +52,8 @@ def _outside(module: nn.Module, part: str, parts: Sequence[str]) -> int:
 
 
 def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A layer's tensors (of experts: those of each) as PEFT keeps them. MergeError where it is not said how."""
+    """A layer's tensors (of experts: those of each) as PEFT keeps them. MergeError where it is not said how. Of a
+    convolution those of LoRA get its form here, what has another name is as to_peft has made it for this layer."""
     layer: Any = target.layer
     if target.kind == "experts":
         return _of_experts(target, each)
@@ -75,9 +76,8 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
         "lora_B.bias": lambda tensor: tensor.shape,
         "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
     }
-    if unknown := [name for name in tensors if name not in shapes]:
-        raise MergeError(f"{unknown[0]} of a convolution has no form in PEFT that is known here; merge(model) instead")
-    return {name: tensor.reshape(shapes[name](tensor)) for name, tensor in tensors.items()}
+    own = {name: shape(tensors[name]) for name, shape in shapes.items() if name in tensors}
+    return {name: tensor.reshape(own.get(name, tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _of_experts(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
