@@ -13,7 +13,6 @@ from torch import nn
 import lora_lite as ll
 from tests.models import token_ids
 from tests.oracles import peft_net, saved_by_peft
-from tests.peft_cases import base_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 LAYERS = ["q_proj", "up_proj", "down_proj"]
@@ -61,39 +60,6 @@ def test_what_peft_cannot_hold(kind: str, tmp_path: Path) -> None:
         ll.MergeError, match=r"is written of nn\.Linear, nn\.Conv1d and nn\.Conv2d here, not of a Embedding"
     ):
         ll.export_peft(model, tmp_path / "none")
-
-
-CONVOLUTIONS: dict[str, Any] = {
-    "LoHa": lambda: peft.LoHaConfig(r=3, target_modules=["c1", "c2", "c3", "c4", "fc"]),
-    "LoHa, kernels of their own": lambda: peft.LoHaConfig(
-        r=3, use_effective_conv2d=True, target_modules=["c1", "c2", "c3", "c4", "fc"]
-    ),
-    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["c1", "c2", "c3", "c4", "fc"]),
-    "LoKr of rank 1": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["c1", "c2", "c3", "c4", "fc"]),
-    "LoKr, kernels of their own": lambda: peft.LoKrConfig(
-        r=1, use_effective_conv2d=True, decompose_both=True, decompose_factor=4, target_modules=["c1", "c2", "c3", "fc"]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_both_ways(name: str, tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(base_of("conv"), CONVOLUTIONS[name]()).eval()
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    expected, ours = outputs(theirs), base_of("conv")
-    assert not torch.allclose(outputs(ours), expected, atol=1e-2), "it does something"
-    ll.import_peft(ours, tmp_path / "theirs")
-    torch.testing.assert_close(outputs(ours), expected, rtol=1e-4, atol=1e-4)
-    ll.save(ours, tmp_path / "ours.safetensors")
-    ll.export_peft(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(base_of("conv"), tmp_path / "ours").eval()
-    torch.testing.assert_close(outputs(back), expected, rtol=1e-4, atol=1e-4)
-    again = base_of("conv")
-    ll.load(again, tmp_path / "ours.safetensors")
-    torch.testing.assert_close(outputs(again), outputs(ours))
 
 
 @pytest.mark.parametrize(
