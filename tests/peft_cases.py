@@ -70,6 +70,7 @@ BASES: dict[str, Any] = {
     "conv": lambda: Convolutions().eval(),
     "groups": lambda: Convolutions(2).eval(),
     "pixels": lambda: Pixels().eval(),
+    "uneven": lambda: nn.Sequential(nn.Conv2d(3, 8, 2, stride=(2, 1))).eval(),
 }
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
@@ -118,7 +119,7 @@ class Case(NamedTuple):
 METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "AdaLora": ({"total_step": 9, "init_r": 4, "target_r": 2}, 0.2, [{}, {"use_rslora": True}, {"lora_alpha": 3}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}, {"trainable_token_indices": [1, 2]}, ("conv", {"target_modules": ["c2", "fc"]})]),
     "Beft": ({}, 0.05, [{}]),
-    "BOFT": ({}, 0.05, [{}, {"boft_n_butterfly_factor": 2}, {"boft_block_size": 8}, {"boft_block_size": 0, "boft_block_num": 4}, {"boft_dropout": 0.1}, ("conv", {"target_modules": ["c2"]}, "c2: PEFT's BOFT takes nn.Linear layers, not a Conv2d")]),
+    "BOFT": ({}, 0.05, [{}, {"boft_n_butterfly_factor": 2}, {"boft_block_size": 8}, {"boft_block_size": 0, "boft_block_num": 4}, {"boft_dropout": 0.1}, ("conv", {"target_modules": ["c2", "c3", "fc"]}), ("conv", {"boft_block_size": 9, "target_modules": ["c1", "c2"]}), ("conv", {"boft_block_size": 0, "boft_block_num": 3, "target_modules": ["c1", "c2"]}), ("uneven", {"target_modules": ["0"]}, r"0: PEFT's BOFT takes the first of stride=\(2, 1\) for both dimensions")]),
     "C3A": ({"block_size": 16}, 0.05, [{}, {"block_size_pattern": {"q_proj": 32}}, {"init_weights": "gaussian"}, {"init_weights": True}]),
     "Deft": ({"r": 4}, 0.05, [{}, {"decomposition_method": "qr"}, {"alpha": 6}, {"init_scale": 0.5}, {"deft_dropout": 0.1}, ("llama", {"para": True}, "para=True takes a part of the weight out and puts nothing in")]),
     "Delora": ({"r": 4}, 0.05, [{}, {"delora_lambda": 8}, {"module_dropout": 0.1}, {"rank_pattern": {"q_proj": 2}}, {"lambda_pattern": {"q_proj": 5}}]),
@@ -127,8 +128,8 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "Glora": ({"r": 4}, 0.05, [{}, {"config_A_B": "vector"}, {"config_A_B": "constant", "config_C": "vector"}, {"config_D_E": "none"}, ("bert", {"config_A_B": "none", "config_C": "none", "config_D_E": "vector"}), ("llama", {"config_A_B": "none", "config_C": "none", "config_D_E": "vector"}, "the layer has no bias, and GLoRAConfig")]),
     "Gralora": ({"r": 8}, 0.05, [{}, {"hybrid_r": 4}, {"gralora_k": 4}, {"alpha": 3}, {"gralora_dropout": 0.1}]),
     "Hira": ({"r": 4}, 0.3, [{}, {"rank_pattern": {"q_proj": 2}}, {"hira_dropout": 0.1}, {"init_weights": "gaussian"}, {"target_modules": ["embed_tokens"]}, ("conv", {}), ("conv", {"r": 2, "init_weights": "gaussian"})]),
-    "HRA": ({"r": 4}, 0.05, [{}, {"init_weights": False}, ("conv", {"target_modules": ["c1", "c2"]}), ("llama", {"apply_GS": True}, r"apply_GS=True is not what this variant computes\n  with PEFT: peft.save_as_lora")]),
-    "IA3": ({"feedforward_modules": []}, 0.1, [{}, {"feedforward_modules": ["down_proj"]}, {"feedforward_modules": ".*down_proj"}, {"init_ia3_weights": False}, ("gpt2", {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"target_modules": ["c2"], "feedforward_modules": ["c2"]}, "of a Conv2d PEFT gates input channels")]),
+    "HRA": ({"r": 4}, 0.05, [{}, {"init_weights": False}, ("conv", {"target_modules": ["c1", "c2"]}), ("uneven", {"target_modules": ["0"]}, r"0: PEFT's HRA takes the first of stride=\(2, 1\) for both dimensions"), ("llama", {"apply_GS": True}, r"apply_GS=True is not what this variant computes\n  with PEFT: peft.save_as_lora")]),
+    "IA3": ({"feedforward_modules": []}, 0.1, [{}, {"feedforward_modules": ["down_proj"]}, {"feedforward_modules": ".*down_proj"}, {"init_ia3_weights": False}, ("gpt2", {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"target_modules": ["c2"], "feedforward_modules": ["c2"]}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"], "feedforward_modules": ["c1", "c3", "fc"]})]),
     "Lily": ({"r": 4}, 0.1, [{}, {"stride_A": 2}, {"num_B": 3}, {"scaling": 0.5}, ("llama", {"target_modules": "all-linear"}, r"lora_B differs from that of another layer.*\n  with PEFT: peft.save_as_lora")]),
     "LNTuning": ({}, 0.1, [{"target_modules": ["input_layernorm", "norm"]}, ("gpt2", {"target_modules": ["ln_1", "ln_f"]}), ("llama", {"target_modules": ["q_proj"]}, "a Linear is no norm"), ("conv", {"target_modules": ["c1"]}, "a Conv2d is no norm")]),
     "LoHa": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"module_dropout": 0.1}, {"init_weights": False}, ("conv", {}), ("conv", {"use_effective_conv2d": True})]),

@@ -21,6 +21,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("LoKr", {"r": 1, "alpha": 3}),
     ("LoKr", {"r": 1, "use_effective_conv2d": True, "decompose_both": True, "decompose_factor": 4}),
     ("Hira", {"r": 4}),
+    ("BOFT", {"boft_block_size": 9, "target_modules": ["c1", "c2"]}),
+    ("BOFT", {"boft_block_size": 0, "boft_block_num": 3, "target_modules": ["c1", "c2"]}),
+    ("IA3", {"feedforward_modules": [], "target_modules": ["c1", "c2", "c3", "fc"]}),
+    ("IA3", {"feedforward_modules": ["c1", "c2", "c3"], "target_modules": ["c1", "c2", "c3"]}),
+    ("HRA", {"r": 4, "target_modules": ["c1", "c2", "c3", "fc"]}),
 ]
 NOT_OF_ONE_DIMENSION = [("LoKr", "use_effective_conv2d")]  # in PEFT, which has an error or other outputs there
 
@@ -30,7 +35,7 @@ def test_both_ways(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     layers = [
         name for name in TARGETS["conv"] if name != "c4" or not any((method, f) in NOT_OF_ONE_DIMENSION for f in fields)
     ]
-    config = getattr(peft, f"{method}Config")(target_modules=layers, **fields)
+    config = getattr(peft, f"{method}Config")(**{"target_modules": layers, **fields})
     theirs = peft.get_peft_model(base_of("conv"), config).eval()
     torch.manual_seed(1)
     for parameter in theirs.parameters():
