@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Hira", {"r": 4}),
     ("BOFT", {"boft_block_size": 9, "target_modules": ["c1", "c2"]}),
     ("BOFT", {"boft_block_size": 0, "boft_block_num": 3, "target_modules": ["c1", "c2"]}),
+    ("OFT", {"oft_block_size": 4, "target_modules": ["c3", "fc"]}),
+    ("OFT", {"oft_block_size": 2, "block_share": True, "use_cayley_neumann": False, "target_modules": ["c3", "fc"]}),
     ("IA3", {"feedforward_modules": [], "target_modules": ["c1", "c2", "c3", "fc"]}),
     ("IA3", {"feedforward_modules": ["c1", "c2", "c3"], "target_modules": ["c1", "c2", "c3"]}),
     ("HRA", {"r": 4, "target_modules": ["c1", "c2", "c3", "fc"]}),
