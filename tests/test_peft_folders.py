@@ -78,10 +78,11 @@ def test_no_weight_method_is_left_out() -> None:
     }
 
 
+CONVOLUTIONS = ("conv", "groups", "pixels", "dilated", "circular", "uneven")
 FIRST = {case.method: name for name, case in reversed(OPTIONS.items())}  # the others take minutes in all
 QUICK = {
     *FIRST.values(),
-    *(name for name, case in OPTIONS.items() if case.method == "Lora" or case.base in ("conv", "pixels", "uneven")),
+    *(name for name, case in OPTIONS.items() if case.method == "Lora" or case.base in CONVOLUTIONS),
 }
 
 

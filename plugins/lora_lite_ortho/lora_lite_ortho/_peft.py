@@ -33,10 +33,15 @@ def linear_only(layer: nn.Module, method: str) -> None:
 def of_images(layer: nn.Module, method: str) -> None:
     """MergeError for what is neither an nn.Linear nor an nn.Conv2d that PEFT runs as it is."""
     if not isinstance(layer, nn.Conv2d):
-        linear_only(layer, method)
+        return linear_only(layer, method)
     for name in ("kernel_size", "stride", "padding"):
-        if len({*getattr(layer, name, ())}) > 1:
+        if len({*getattr(layer, name)}) > 1:
             raise MergeError(f"PEFT's {method} takes the first of {name}={getattr(layer, name)} for both dimensions")
+    if max(layer.dilation) > 1:
+        raise MergeError(f"PEFT's {method} runs without dilation={layer.dilation}")
+    if layer.padding_mode != "zeros":
+        raise MergeError(f"padding_mode={layer.padding_mode!r}: PEFT's {method} pads with zeros")
+    return None
 
 
 def read_of_images(layer: nn.Module, method: str) -> None:

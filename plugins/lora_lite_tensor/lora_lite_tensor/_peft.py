@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import MergeError
+from lora_lite_core import ConfigError, MergeError
 
 from ._widths import kernel_of
 
@@ -16,11 +16,19 @@ _HADAMARD = {"lora_B1": "hada_w1_a", "lora_A1": "hada_w1_b", "lora_B2": "hada_w2
 _KRONECKER = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
 
 
+def _differs(layer: nn.Module, method: str) -> str:
+    """Where PEFT computes something else."""
+    mode = getattr(layer, "padding_mode", "zeros")  # of convolutions
+    return "" if mode == "zeros" else f"padding_mode={mode!r}: PEFT's {method} pads with zeros"
+
+
 def _fields(cfg: Any, layer: nn.Module, method: str) -> dict[str, Any]:
     if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         raise MergeError(
             f"PEFT's {method} is written of nn.Linear, nn.Conv1d and nn.Conv2d here, not of a {type(layer).__name__}"
         )
+    if differs := _differs(layer, method):
+        raise MergeError(differs)
     alpha = cfg.r if cfg.alpha is None else cfg.alpha
     return {"peft_type": method.upper(), "r": cfg.r, "alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -32,6 +40,8 @@ def loha_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
 def loha_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: Any) -> Pair | None:
     if config["peft_type"] != "LOHA":
         return None
+    if differs := _differs(layer, "LoHa"):
+        raise ConfigError(differs)
     config.get("use_effective_conv2d")  # told by the tensors
     values = {ours: tensors[theirs] for ours, theirs in _HADAMARD.items()}
     for i in (1, 2):
@@ -64,6 +74,8 @@ def lokr_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
 def lokr_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "LOKR":
         return None
+    if differs := _differs(layer, "LoKr"):
+        raise ConfigError(differs)
     for name in ("use_effective_conv2d", "rank_dropout_scale"):  # told by the tensors; of rank_dropout alone
         config.get(name)
     fields = {"r": config["r"], "alpha": config["alpha"]}

@@ -67,7 +67,7 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
         return {_TABLES[name]: tensor for name, tensor in scaled.items()}
     if not is_convolution(layer):
         return tensors
-    if differs := _of_another_convolution(layer):
+    if any(map(_of_lora, tensors)) and (differs := _of_another_convolution(layer)):
         raise MergeError(f"{differs}; merge(model) instead")
     kernel, ones = layer.weight.shape[1:], (1,) * len(layer.kernel_size)
     shapes = {
@@ -100,7 +100,7 @@ def read_form(place: Place, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return plain, tensor * scale
     if not is_convolution(layer):
         return name, tensor
-    if differs := _of_another_convolution(layer):
+    if _of_lora(name) and (differs := _of_another_convolution(layer)):
         raise AdapterFileError(f"{name}: {differs}")
     if name.startswith("lora_magnitude"):
         return name, tensor.flatten()
@@ -127,6 +127,12 @@ def _stacked(place: Place, name: str, tensor: Tensor) -> Tensor:
     if name == "lora_A.weight":
         return tensor.unflatten(0, (count, -1))
     return tensor.unflatten(1, (-1, count)).permute(2, 0, 1)
+
+
+def _of_lora(name: str) -> bool:
+    """Whether a tensor is one of PEFT's LoRA, DoRA or AdaLoRA, which run a convolution of their own; of other methods
+    to_peft and from_peft know on which layers they compute the same."""
+    return name.startswith("lora_")
 
 
 def _of_another_convolution(layer: Any) -> str:
