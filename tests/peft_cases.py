@@ -34,6 +34,18 @@ class Convolutions(nn.Module):
         return self.fc(self.c4(x.flatten(2)).flatten(1))
 
 
+class Pixels(nn.Module):
+    """Kernels of one pixel, of two dimensions and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c3, self.c4 = nn.Conv2d(3, 8, 1), nn.Conv1d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c4(self.c3(x).flatten(2))
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -57,12 +69,21 @@ BASES: dict[str, Any] = {
     "mixtral": mixtral,
     "conv": lambda: Convolutions().eval(),
     "groups": lambda: Convolutions(2).eval(),
+    "pixels": lambda: Pixels().eval(),
+    "dilated": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2), nn.Tanh(), nn.Conv2d(8, 4, 2)).eval(),
+    "circular": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")).eval(),
+    "uneven": lambda: nn.Sequential(nn.Conv2d(3, 8, 2, stride=(2, 1))).eval(),
 }
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "bert": ["value", "dense"],
     "mixtral": ["q_proj"],
     "conv": ["c1", "c2", "c3", "c4", "fc"],
+    "groups": ["c2"],
+    "pixels": ["c3", "c4"],
+    "dilated": ["0", "2"],
+    "circular": ["0"],
+    "uneven": ["0"],
 }
 _made = functools.cache(lambda name: BASES[name]())
 
@@ -104,7 +125,7 @@ class Case(NamedTuple):
 METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "AdaLora": ({"total_step": 9, "init_r": 4, "target_r": 2}, 0.2, [{}, {"use_rslora": True}, {"lora_alpha": 3}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}, {"trainable_token_indices": [1, 2]}, ("conv", {"target_modules": ["c2", "fc"]})]),
     "Beft": ({}, 0.05, [{}]),
-    "BOFT": ({}, 0.05, [{}, {"boft_n_butterfly_factor": 2}, {"boft_block_size": 8}, {"boft_block_size": 0, "boft_block_num": 4}, {"boft_dropout": 0.1}, ("conv", {"target_modules": ["c2"]}, "c2: PEFT's BOFT takes nn.Linear layers, not a Conv2d")]),
+    "BOFT": ({}, 0.05, [{}, {"boft_n_butterfly_factor": 2}, {"boft_block_size": 8}, {"boft_block_size": 0, "boft_block_num": 4}, {"boft_dropout": 0.1}, ("conv", {"target_modules": ["c2", "c3", "fc"]}), ("conv", {"boft_block_size": 9, "target_modules": ["c1", "c2"]}), ("conv", {"boft_block_size": 0, "boft_block_num": 3, "target_modules": ["c1", "c2"]}), ("uneven", {}, r"0: PEFT's BOFT takes the first of stride=\(2, 1\) for both dimensions"), ("dilated", {"boft_block_size": 3, "target_modules": ["0"]}, r"0: PEFT's BOFT runs without dilation=\(2, 2\)"), ("circular", {"boft_block_size": 3}, "padding_mode='circular': PEFT's BOFT pads with zeros")]),
     "C3A": ({"block_size": 16}, 0.05, [{}, {"block_size_pattern": {"q_proj": 32}}, {"init_weights": "gaussian"}, {"init_weights": True}]),
     "Deft": ({"r": 4}, 0.05, [{}, {"decomposition_method": "qr"}, {"alpha": 6}, {"init_scale": 0.5}, {"deft_dropout": 0.1}, ("llama", {"para": True}, "para=True takes a part of the weight out and puts nothing in")]),
     "Delora": ({"r": 4}, 0.05, [{}, {"delora_lambda": 8}, {"module_dropout": 0.1}, {"rank_pattern": {"q_proj": 2}}, {"lambda_pattern": {"q_proj": 5}}]),
@@ -112,15 +133,15 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "Frod": ({"progressbar": False}, 0.1, [{}, {"sparse_rate": 0.1}, {"regularization_alpha": 0.01}, {"frod_dropout": 0.1}, {"projection_prng_key": 3}, {"runtime_offload_base_weight": True}, ("llama", {"save_projection": False}, "save_projection=False: V is determined up to signs alone; save the adapter with True"), ("llama", {"layers_to_transform": [1]}, "trains 32 directions that this layer's weight has not")]),
     "Glora": ({"r": 4}, 0.05, [{}, {"config_A_B": "vector"}, {"config_A_B": "constant", "config_C": "vector"}, {"config_D_E": "none"}, ("bert", {"config_A_B": "none", "config_C": "none", "config_D_E": "vector"}), ("llama", {"config_A_B": "none", "config_C": "none", "config_D_E": "vector"}, "the layer has no bias, and GLoRAConfig")]),
     "Gralora": ({"r": 8}, 0.05, [{}, {"hybrid_r": 4}, {"gralora_k": 4}, {"alpha": 3}, {"gralora_dropout": 0.1}]),
-    "Hira": ({"r": 4}, 0.3, [{}, {"rank_pattern": {"q_proj": 2}}, {"hira_dropout": 0.1}, {"init_weights": "gaussian"}, {"target_modules": ["embed_tokens"]}, ("conv", {}, "PEFT's HiRA has factors of another form for convolutions")]),
-    "HRA": ({"r": 4}, 0.05, [{}, {"init_weights": False}, ("conv", {"target_modules": ["c1", "c2"]}), ("llama", {"apply_GS": True}, r"apply_GS=True is not what this variant computes\n  with PEFT: peft.save_as_lora")]),
-    "IA3": ({"feedforward_modules": []}, 0.1, [{}, {"feedforward_modules": ["down_proj"]}, {"feedforward_modules": ".*down_proj"}, {"init_ia3_weights": False}, ("gpt2", {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"target_modules": ["c2"], "feedforward_modules": ["c2"]}, "of a Conv2d PEFT gates input channels")]),
+    "Hira": ({"r": 4}, 0.3, [{}, {"rank_pattern": {"q_proj": 2}}, {"hira_dropout": 0.1}, {"init_weights": "gaussian"}, {"target_modules": ["embed_tokens"]}, ("conv", {}), ("conv", {"r": 2, "init_weights": "gaussian"}), ("dilated", {}), ("circular", {}, "padding_mode='circular': PEFT's HiRA pads with zeros")]),
+    "HRA": ({"r": 4}, 0.05, [{}, {"init_weights": False}, ("conv", {"target_modules": ["c1", "c2"]}), ("uneven", {}, r"0: PEFT's HRA takes the first of stride=\(2, 1\) for both dimensions"), ("llama", {"apply_GS": True}, r"apply_GS=True is not what this variant computes\n  with PEFT: peft.save_as_lora"), ("dilated", {"target_modules": ["0"]}, r"0: PEFT's HRA runs without dilation=\(2, 2\)"), ("circular", {}, "padding_mode='circular': PEFT's HRA pads with zeros")]),
+    "IA3": ({"feedforward_modules": []}, 0.1, [{}, {"feedforward_modules": ["down_proj"]}, {"feedforward_modules": ".*down_proj"}, {"init_ia3_weights": False}, ("gpt2", {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"target_modules": ["c2"], "feedforward_modules": ["c2"]}), ("conv", {"target_modules": ["c1", "c2", "c3", "fc"], "feedforward_modules": ["c1", "c3", "fc"]}), ("dilated", {}), ("circular", {}), ("circular", {"feedforward_modules": ["0"]}), ("groups", {})]),
     "Lily": ({"r": 4}, 0.1, [{}, {"stride_A": 2}, {"num_B": 3}, {"scaling": 0.5}, ("llama", {"target_modules": "all-linear"}, r"lora_B differs from that of another layer.*\n  with PEFT: peft.save_as_lora")]),
     "LNTuning": ({}, 0.1, [{"target_modules": ["input_layernorm", "norm"]}, ("gpt2", {"target_modules": ["ln_1", "ln_f"]}), ("llama", {"target_modules": ["q_proj"]}, "a Linear is no norm"), ("conv", {"target_modules": ["c1"]}, "a Conv2d is no norm")]),
-    "LoHa": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"module_dropout": 0.1}, {"init_weights": False}, ("conv", {}), ("conv", {"use_effective_conv2d": True})]),
-    "LoKr": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"rank_dropout": 0.1, "rank_dropout_scale": True}, {"decompose_both": True}, {"decompose_factor": 4}, {"init_weights": "lycoris"}, {"r": 64}, ("conv", {"target_modules": ["c3", "fc"]}), ("conv", {"use_effective_conv2d": True}, "of a Conv2d PEFT splits the channels"), ("conv", {"target_modules": ["c4"]}, "of a Conv1d PEFT splits the channels")]),
+    "LoHa": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"module_dropout": 0.1}, {"init_weights": False}, ("conv", {}), ("conv", {"use_effective_conv2d": True}), ("dilated", {}), ("circular", {}, "padding_mode='circular': PEFT's LoHa pads with zeros"), ("groups", {}, "a Conv2d with groups=2, whose patches do not go through one weight")]),
+    "LoKr": ({"r": 4}, 0.3, [{}, {"alpha": 3}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"rank_dropout": 0.1}, {"rank_dropout": 0.1, "rank_dropout_scale": True}, {"decompose_both": True}, {"decompose_factor": 4}, {"init_weights": "lycoris"}, {"r": 64}, ("conv", {}), ("conv", {"r": 1}), ("conv", {"r": 1, "use_effective_conv2d": True, "target_modules": ["c1", "c2", "c3", "fc"]}), ("conv", {"r": 1, "decompose_both": True, "decompose_factor": 4}), ("conv", {"decompose_factor": 2, "alpha": 3}), ("pixels", {}), ("dilated", {}), ("circular", {}, "padding_mode='circular': PEFT's LoKr pads with zeros"), ("groups", {}, "a Conv2d with groups=2, whose patches do not go through one weight")]),
     "Miss": ({"r": 8}, 0.05, [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 2}, {"miss_dropout": 0.1}, {"r": 6}]),
-    "OFT": ({"oft_block_size": 8}, 0.05, [{}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3}, {"coft": True, "eps": 0.05}, {"coft": True, "eps": 0.05, "use_cayley_neumann": False}, {"block_share": True}, {"module_dropout": 0.1}, {"r": 4, "oft_block_size": 0}, ("conv", {"target_modules": ["c2"]}, "of a Conv2d PEFT adds turned patches up where they overlap"), ("llama", {"target_modules": ["embed_tokens"]}, "PEFT turns the table of an embedding")]),
+    "OFT": ({"oft_block_size": 8}, 0.05, [{}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 3}, {"coft": True, "eps": 0.05}, {"coft": True, "eps": 0.05, "use_cayley_neumann": False}, {"block_share": True}, {"module_dropout": 0.1}, {"r": 4, "oft_block_size": 0}, ("conv", {"target_modules": ["c3", "fc"]}), ("conv", {"target_modules": ["c3"], "oft_block_size": 2, "block_share": True, "use_cayley_neumann": False}), ("conv", {"target_modules": ["c2"]}, "of a Conv2d PEFT adds turned patches up where they overlap"), ("llama", {"target_modules": ["embed_tokens"]}, "PEFT turns the table of an embedding")]),
     "Peanut": ({"r": 4}, 0.05, [{}, {"depth": 1}, {"depth": 2, "act_fn": "tanh"}, {"act_fn": "silu"}, {"scaling": 0.5}]),
     "Psoft": ({"r": 8, "psoft_alpha": 8}, 0.05, [{}, {"psoft_alpha": 4}, {"psoft_dropout": 0.1}, {"ab_svd_init": "pissa_init"}, {"psoft_svd": "lowrank"}, {"psoft_orth": False}, {"psoft_mag_b": False}, {"psoft_mag_a": False}, {"use_cayley_neumann": True}, {"use_cayley_neumann": True, "cayley_neumann_eps": 0.1}, {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3}]),
     "Pvera": ({"r": 8}, 0.1, [{}, {"save_projection": False}, {"d_initial": 0.5}, {"pvera_dropout": 0.1}, {"projection_prng_key": 3}, ("llama", {"sample_at_inference": True}, "sample_at_inference=True in adapter_config.json is not what variant 'pvera' reads")]),
@@ -128,7 +149,7 @@ METHODS: dict[str, tuple[dict[str, Any], float, list[Any]]] = {
     "Road": ({"group_size": 32}, 0.05, [{}, {"variant": "road_2"}, {"variant": "road_4"}, {"group_size": 16}]),
     "Shira": ({"r": 4}, 0.05, [{}, {"random_seed": 4}, {"init_weights": False}]),
     "Supertuning": ({"sparsity": 0.9}, 0.05, [{}, {"select_top": False}, {"r": 4, "lora_alpha": 6.0}, {"r": 4, "lora_dropout": 0.1}, ("llama", {"save_precomputed_indices": False}, "leaves out which entries they are; save it with them")]),
-    "TinyLora": ({}, 0.5, [{}, {"u": 16}, {"weight_tying": 1.0}, {"save_projection": False}, {"projection_seed": 3}, {"init_weights": "uniform"}, {"tinylora_dropout": 0.1}, ("llama", {"weight_tying": 0.5}, "weight_tying=0.5 has 3 vectors for 6 layers"), ("gpt2", {}, "TinyLoRA of PEFT on a Conv1D is another form of it"), ("llama", {"target_modules": ["embed_tokens"]}, "TinyLoRA of PEFT on a Embedding is another form")]),
+    "TinyLora": ({}, 0.5, [{}, {"u": 16}, {"weight_tying": 1.0}, {"save_projection": False}, {"projection_seed": 3}, {"init_weights": "uniform"}, {"tinylora_dropout": 0.1}, ("llama", {"weight_tying": 0.5}, "weight_tying=0.5 has 3 vectors for 6 layers"), ("gpt2", {}), ("gpt2", {"fan_in_fan_out": True, "save_projection": False}), ("gpt2", {"weight_tying": 1.0, "fan_in_fan_out": True, "target_modules": ["wte", "c_attn"]}), {"target_modules": ["embed_tokens"]}, {"target_modules": ["embed_tokens", "q_proj"], "save_projection": False}]),
     "TrainableTokens": ({"token_indices": [1, 5], "target_modules": ["embed_tokens"]}, 0.5, [{}, {"target_modules": None}, {"init_weights": False}, {"target_modules": ["lm_head"]}, ("gpt2", {"target_modules": ["wte"]}), ("tied", {})]),
     "UniLora": ({}, 0.3, [{}, {"proj_seed": 3}, {"save_indices": True}, {"theta_d_length": 99}, {"unilora_dropout": 0.1}]),
     "VBLoRA": ({"num_vectors": 20, "vector_length": 16}, 0.3, [{}, {"save_only_topk_weights": True}, {"topk": 3}, {"vblora_dropout": 0.1}]),

@@ -139,16 +139,28 @@ def test_any_low_rank_change_as_a_lora(tmp_path: Path) -> None:
     ll.export_lora(base, tmp_path / "lora")
     theirs = peft.PeftModel.from_pretrained(plain(2), str(tmp_path / "lora"))
     torch.testing.assert_close(theirs(x), base(x).detach(), rtol=1e-4, atol=1e-5)
-    ll.detach(base)
-    moved(attach(base, config("ia3"), x))
-    with pytest.raises(ll.MergeError, match="ia3_l of a convolution has no form in PEFT that is known here"):
-        ll.export_peft(base, tmp_path / "ia3")
     dilated = model(2, torch.float32)
     ll.attach(dilated, config("lora"))
     with pytest.raises(
         ll.MergeError, match=r"dilation=\(2, 2\) and padding_mode='circular': PEFT's adapters run without"
     ):
         ll.export_peft(dilated, tmp_path / "dilated")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "told"),
+    [
+        ("fourierft", {"n_frequency": 9}, "PEFT's FourierFT takes no Conv2d"),
+        ("waveft", {"n_frequency": 9}, "PEFT's WaveFT takes no Conv2d"),
+        ("poly", {}, r"PEFT's Poly takes nn\.Linear layers, not a Conv2d"),
+        ("road", {}, r"PEFT's RoAd takes nn\.Linear layers, not a Conv2d"),
+    ],
+)
+def test_methods_that_peft_has_not_for_convolutions(name: str, fields: Any, told: str, tmp_path: Path) -> None:
+    base = plain(2)
+    ll.attach(base, config(name, **fields))
+    with pytest.raises(ll.MergeError, match=told):
+        ll.export_peft(base, tmp_path / "none")
 
 
 class Vision(nn.Module):

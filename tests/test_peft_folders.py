@@ -78,8 +78,12 @@ def test_no_weight_method_is_left_out() -> None:
     }
 
 
+CONVOLUTIONS = ("conv", "groups", "pixels", "dilated", "circular", "uneven")
 FIRST = {case.method: name for name, case in reversed(OPTIONS.items())}  # the others take minutes in all
-QUICK = {*FIRST.values(), *(name for name, case in OPTIONS.items() if case.method == "Lora" or case.base == "conv")}
+QUICK = {
+    *FIRST.values(),
+    *(name for name, case in OPTIONS.items() if case.method == "Lora" or case.base in CONVOLUTIONS),
+}
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lite_core import ConfigError
+from lora_lite_core import ConfigError, MergeError
 
 COUNTS = {"tasks": "n_tasks", "skills": "n_skills", "splits": "n_splits"}
 
 
-def to_peft(params: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not isinstance(layer, nn.Linear):
+        raise MergeError(f"PEFT's Poly takes nn.Linear layers, not a {type(layer).__name__}")
     A = params["lora_A"].unflatten(0, (cfg.skills, cfg.r)).unflatten(-1, (cfg.splits, -1))
     B = params["lora_B"].unflatten(0, (cfg.splits, -1)).unflatten(-1, (cfg.skills, cfg.r))
     fields = {"peft_type": "POLY", "poly_type": "poly", "r": cfg.r, "init_weights": True}

@@ -229,7 +229,7 @@ def test_parity(splits: int, training: bool) -> None:
     theirs, inner = peft_twin(layer, cfg)
 
     def as_theirs(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        given = {"params": dict(zip(NAMES, tensors, strict=True)), "cfg": config(splits=splits)}
+        given = {"params": dict(zip(NAMES, tensors, strict=True)), "cfg": config(splits=splits), "layer": layer}
         return list(ll.get_variant("poly").to_peft(given)[1].values())  # type: ignore[misc]
 
     ours = tuple(getattr(layer, name) for name in NAMES)

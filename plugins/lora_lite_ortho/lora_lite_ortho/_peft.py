@@ -1,4 +1,4 @@
-"""How the methods of this package are written in PEFT's directories, and read: a pair for each; here IA3, HRA, BEFT."""
+"""How the methods of this package are written in PEFT's directories, and read: a pair for each; here HRA, BEFT."""
 
 from __future__ import annotations
 
@@ -30,47 +30,38 @@ def linear_only(layer: nn.Module, method: str) -> None:
         raise MergeError(f"PEFT's {method} takes nn.Linear layers, not a {type(layer).__name__}")
 
 
-def ia3_to_peft(params: dict[str, Tensor]) -> Pair:
-    return {"peft_type": "IA3", "feedforward_modules": []}, {"ia3_l": 1 + full(params["lora_g"])[:, None]}
+def of_images(layer: nn.Module, method: str) -> None:
+    """MergeError for what is neither an nn.Linear nor an nn.Conv2d that PEFT runs as it is."""
+    if not isinstance(layer, nn.Conv2d):
+        return linear_only(layer, method)
+    for name in ("kernel_size", "stride", "padding"):
+        if len({*getattr(layer, name)}) > 1:
+            raise MergeError(f"PEFT's {method} takes the first of {name}={getattr(layer, name)} for both dimensions")
+    if max(layer.dilation) > 1:
+        raise MergeError(f"PEFT's {method} runs without dilation={layer.dilation}")
+    if layer.padding_mode != "zeros":
+        raise MergeError(f"padding_mode={layer.padding_mode!r}: PEFT's {method} pads with zeros")
+    return None
 
 
-def ia3_ff_to_peft(params: dict[str, Tensor]) -> Pair:
-    return {"peft_type": "IA3", "feedforward_modules": "$target_modules"}, {"ia3_l": 1 + full(params["lora_g"])[None]}
-
-
-def _ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module, inputs: bool) -> Pair | None:
-    """PEFT writes gates of outputs as (d_out, 1), of a convolution as (1, channels, 1 …), and those of inputs, in
-    feedforward modules, as (1, d_in)."""
-    if config["peft_type"] != "IA3" or bool(config.get("feedforward_modules")) is not inputs:
-        return None
-    gate = tensors["ia3_l"]
-    if isinstance(layer, CONVOLUTIONS):
-        if inputs:
-            raise ConfigError(
-                f"of a {type(layer).__name__} PEFT gates input channels, and this variant each entry of patches"
-            )
-        gate = gate.mT
-    if gate.dim() != 2 or gate.shape[0 if inputs else 1] != 1:
-        raise ConfigError(f"ia3_l has the shape {tuple(gate.shape)}; feedforward_modules says {inputs} of this module")
-    return {}, {"lora_g": full(gate).flatten() - 1}
-
-
-def ia3_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
-    return _ia3_from_peft(config, tensors, layer, inputs=False)
-
-
-def ia3_ff_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
-    return _ia3_from_peft(config, tensors, layer, inputs=True)
+def read_of_images(layer: nn.Module, method: str) -> None:
+    """The same as a ConfigError."""
+    try:
+        of_images(layer, method)
+    except MergeError as error:
+        raise ConfigError(str(error)) from error
 
 
 def hra_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
-    linear_only(layer, "HRA")
+    of_images(layer, "HRA")
     return {"peft_type": "HRA", "r": cfg.r, "apply_GS": False, "bias": "none"}, {"hra_u": params["lora_U"].T}
 
 
-def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> Pair | None:
+def hra_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "HRA":
         return None
+    if isinstance(layer, CONVOLUTIONS):
+        read_of_images(layer, "HRA")
     refuse(config, "apply_GS")
     return {"r": config["r"]}, {"lora_U": tensors["hra_u"].mT}
 

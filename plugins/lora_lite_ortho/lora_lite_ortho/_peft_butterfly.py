@@ -7,28 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite_core import ConfigError, MergeError, skew
+from lora_lite_core import ConfigError, skew
 
-from ._peft import Pair, full, linear_only
+from ._peft import Pair, full, of_images, read_of_images
 
 
 def boft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
-    linear_only(layer, "BOFT")
+    of_images(layer, "BOFT")
     q, s = full(params["lora_q"]), full(params["lora_s"])
     b = round((1 + (1 + 8 * q.shape[1]) ** 0.5) / 2)
     fields = {"peft_type": "BOFT", "boft_n_butterfly_factor": cfg.factors, "bias": "none"}
     fields |= {"boft_block_size": 0 if cfg.block_num else b, "boft_block_num": cfg.block_num or 0}
-    return fields, {"boft_R": skew(q, b).unflatten(0, (cfg.factors, -1)), "boft_s": 1 + s[:, None]}
+    scale = 1 + (s[None] if isinstance(layer, nn.Conv2d) else s[:, None])
+    return fields, {"boft_R": skew(q, b).unflatten(0, (cfg.factors, -1)), "boft_s": scale}
 
 
 def boft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.Module) -> Pair | None:
     if config["peft_type"] != "BOFT":
         return None
-    try:
-        linear_only(layer, "BOFT")
-    except MergeError as error:
-        raise ConfigError(str(error)) from error
+    read_of_images(layer, "BOFT")
     R, s = full(tensors["boft_R"]), full(tensors["boft_s"])
+    if isinstance(layer, nn.Conv2d):  # a factor in each row, n b b = d_in b numbers
+        b = R.shape[1] // layer.weight[0].numel()
+        R = R.unflatten(1, (-1, b, b))
     factors, count, b, _ = R.shape
     wanted = config["boft_n_butterfly_factor"]
     if factors not in (wanted, 1):  # 1: PEFT without its extension makes one, whatever the config says

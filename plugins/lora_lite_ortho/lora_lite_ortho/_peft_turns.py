@@ -12,8 +12,14 @@ from lora_lite_core import ConfigError, UnsupportedLayer, dense_weight
 from ._peft import CONVOLUTIONS, Pair, full, linear_only
 
 
+def _of_pixels(layer: nn.Module) -> bool:
+    """Whether a convolution's patches are single pixels, which do not overlap."""
+    return isinstance(layer, nn.Conv2d) and max(layer.kernel_size) == 1
+
+
 def oft_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module) -> Pair:
-    linear_only(layer, "OFT")
+    if not _of_pixels(layer):
+        linear_only(layer, "OFT")
     q = full(params["lora_q"])
     fields = {"peft_type": "OFT", "r": 0, "oft_block_size": cfg.block_size, "bias": "none"}
     fields |= {"coft": cfg.coft, "eps": cfg.eps, "block_share": cfg.block_share}
@@ -28,10 +34,10 @@ def oft_from_peft(config: dict[str, Any], tensors: dict[str, Tensor], layer: nn.
         return None
     if isinstance(layer, nn.Embedding):
         raise ConfigError("PEFT turns the table of an embedding, and this variant what is read")
-    if isinstance(layer, CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS) and not _of_pixels(layer):
         raise UnsupportedLayer(
             f"of a {type(layer).__name__} PEFT adds turned patches up where they overlap, and not when it merges: no "
-            "variant computes that; run it with PEFT, or train on linear layers alone"
+            "variant computes that; run it with PEFT, or train on linear layers and kernels of one pixel"
         )
     coft, shared, terms = bool(config.get("coft")), bool(config.get("block_share")), _terms(config)
     q = tensors["oft_R.weight"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_lite_core import AdapterConfig, ParamSpec, hookimpl
 
-from . import _peft
+from . import _peft_gates
 from ._gates import gated
 
 
@@ -32,7 +32,7 @@ class IA3Config(AdapterConfig):
 
 
 Config = IA3Config
-to_peft, from_peft = hookimpl(_peft.ia3_to_peft), hookimpl(_peft.ia3_from_peft)
+to_peft, from_peft = hookimpl(_peft_gates.ia3_to_peft), hookimpl(_peft_gates.ia3_from_peft)
 
 
 @hookimpl

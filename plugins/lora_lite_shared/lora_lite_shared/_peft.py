@@ -19,8 +19,8 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def linear_only(layer: nn.Module, method: str) -> None:
-    if not isinstance(layer, nn.Linear):
+def linear_only(layer: nn.Module, method: str, *others: str) -> None:
+    if not isinstance(layer, nn.Linear) and type(layer).__name__ not in others:
         raise MergeError(f"PEFT's {method} takes nn.Linear layers, not a {type(layer).__name__}")
 
 

@@ -15,7 +15,7 @@ V = "base_model.tinylora_v."  # and the number of the group of layers
 
 
 def tinylora_to_peft(params: dict[str, Tensor], cfg: Any, layer: nn.Module, name: str, sizes: Sizes) -> Pair:
-    linear_only(layer, "TinyLoRA")
+    linear_only(layer, "TinyLoRA", "Conv1D")
     number = list(sizes).index(name)
     fields = {"peft_type": "TINYLORA", "r": cfg.r, "u": cfg.u, "weight_tying": float(cfg.tied), "bias": "none"}
     own = {f"tinylora_{side}": params[f"lora_{side}"] for side in "ABP"}
@@ -28,8 +28,6 @@ def tinylora_from_peft(
     """PEFT numbers layers in the model's order, and ties neighbours to each other: here all are tied, or none."""
     if config["peft_type"] != "TINYLORA":
         return None
-    if not isinstance(layer, nn.Linear):
-        raise ConfigError(f"TinyLoRA of PEFT on a {type(layer).__name__} is another form of it")
     number, layers = list(sizes).index(name), len(sizes)
     u, tying = int(config["u"]), float(config["weight_tying"])
     for field in ("projection_seed", "init_v_bound"):
@@ -42,11 +40,13 @@ def tinylora_from_peft(
             "layers have one together (1.0) or one each (0.0)"
         )
     A, B = tensors["tinylora_A"], tensors["tinylora_B"]
-    r = min(int(config["r"]), *layer.weight.shape)  # PEFT takes no more than there are
+    r = min(int(config["r"]), *sizes[name])  # PEFT takes no more than there are
     if config.get("save_projection", True):
         P = tensors["tinylora_P"]
     else:
         draws = torch.Generator("cpu").manual_seed(int(config["projection_seed"]) + number)
         P = torch.normal(0.0, r**-0.5, (u, r, r), generator=draws)
+    if isinstance(layer, nn.Embedding):  # whose table PEFT takes as it is stored, transposed
+        A, B, P = B.mT, A.mT, P.mT
     values = {"lora_A": A, "lora_B": B, "lora_P": P, "lora_v": tensors[f"{V}{0 if groups == 1 else number}"]}
     return {"r": r, "u": u, "tied": groups == 1 and layers > 1}, values

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from tests.models import Net, token_ids
+from tests.peft_cases import base_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 TARGETS = ["q_proj", "up_proj", "down_proj"]  # 16 → 16, 16 → 24, 24 → 16
@@ -181,6 +182,30 @@ def test_adapters_of_ours_in_peft(name: str, tmp_path: Path) -> None:
     ll.export_peft(model, tmp_path / "ours")
     other = peft.PeftModel.from_pretrained(net(), tmp_path / "ours").eval()
     torch.testing.assert_close(other(token_ids()), model(token_ids()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"weight_tying": 1.0}, {"save_projection": False, "fan_in_fan_out": True}], ids=str
+)
+def test_tinylora_of_weights_that_are_stored_transposed(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = peft.TinyLoraConfig(target_modules=["c_attn", "c_proj"], init_weights="uniform", **fields)
+    model = peft.get_peft_model(base_of("gpt2"), config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    expected, ours = outputs(model), base_of("gpt2")
+    assert float((expected - outputs(ours)).abs().max()) > 1e-3, "it does something"
+    ll.import_peft(ours, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(ours), expected, rtol=1e-5, atol=1e-6)
+    ll.export_peft(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base_of("gpt2"), tmp_path / "ours").eval()
+    torch.testing.assert_close(outputs(back), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tinylora_of_convolutions_and_embeddings_is_not_written(tmp_path: Path) -> None:
+    for layer in (nn.Conv2d(4, 6, 3), nn.Embedding(6, 4)):
+        model = nn.Sequential(layer)
+        ll.attach(model, ll.TinyLoRAConfig(target_names=("0",)))
+        with pytest.raises(ll.MergeError, match=r"PEFT's TinyLoRA takes nn\.Linear layers, not a"):
+            ll.export_peft(model, tmp_path / "none")
 
 
 REFUSED = {

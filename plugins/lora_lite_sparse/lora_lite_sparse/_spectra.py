@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lite_core import ConfigError
+from lora_lite_core import ConfigError, MergeError
 
 Pair = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -29,6 +29,8 @@ def places(total: int, count: int, seed: int) -> Tensor:
 
 
 def _spectrum_to_peft(method: str, params: dict[str, Tensor], cfg: Any, layer: Any, *names: str) -> Pair:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise MergeError(f"PEFT's {type(cfg).__name__.removesuffix('Config')} takes no {type(layer).__name__}")
     fields = {name: getattr(cfg, name) for name in ("n_frequency", "scaling", "random_loc_seed", *names)}
     return {"peft_type": method.upper(), **fields}, {f"{method}_spectrum": params["lora_spectrum"]}
 

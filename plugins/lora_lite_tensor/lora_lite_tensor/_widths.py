@@ -1,8 +1,25 @@
-"""Widths as products, for tensors with several axes."""
+"""Widths as products, for tensors with several axes and for Kronecker products."""
 
 from __future__ import annotations
 
 from math import prod
+
+from torch import nn
+
+
+def kernel_of(layer: nn.Module) -> int:
+    """How many numbers a patch of a convolution has of each channel; 1 for other layers."""
+    return prod(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+
+
+def pair(width: int, factor: int) -> tuple[int, int]:
+    """Two numbers with this product: the factor and the rest; -1, and a factor that does not divide it, is the nearest
+    divisor to its root from below, and at most the factor."""
+    if factor > 0 and width % factor == 0:
+        return factor, width // factor
+    most = min(int(width**0.5), factor if factor > 0 else width)
+    small = next(number for number in range(most, 0, -1) if width % number == 0)
+    return small, width // small
 
 
 def factors(width: int, count: int) -> tuple[int, ...]:

@@ -56,5 +56,27 @@ def test_dropout_is_for_running_alone(kind: str, tmp_path: Path) -> None:
 def test_what_peft_cannot_hold(kind: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(12, 10))
     ll.attach(model, ll.LoraLiteConfig(variant=kind, r=2, target_names=("0",)))
-    with pytest.raises(ll.MergeError, match=r"is read of nn\.Linear layers here, not of a Embedding"):
+    with pytest.raises(
+        ll.MergeError, match=r"is written of nn\.Linear, nn\.Conv1d and nn\.Conv2d here, not of a Embedding"
+    ):
+        ll.export_peft(model, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("layer", "split", "wanted"),
+    [
+        (nn.Conv2d(4, 6, 3), "patches", "channels"),
+        (nn.Conv2d(4, 6, 3), "swapped", "channels"),
+        (nn.Conv1d(4, 6, 3), "channels", "swapped"),
+        (nn.Conv1d(4, 6, 1), "patches", "swapped"),
+        (nn.Linear(4, 6), "swapped", "channels"),
+    ],
+)
+def test_splits_that_are_not_pefts(layer: nn.Module, split: str, wanted: str, tmp_path: Path) -> None:
+    model = nn.Sequential(layer)
+    ll.attach(model, ll.LoKrConfig(r=9, split=split, target_names=("0",)))
+    told = (
+        rf"LoKrConfig\(split='{split}'\) on a {type(layer).__name__}: PEFT computes split='{wanted}' there; merge\(mod"
+    )
+    with pytest.raises(ll.MergeError, match=told):
         ll.export_peft(model, tmp_path / "none")

@@ -84,3 +84,39 @@ def test_factors_that_are_none() -> None:
     for wrong in (0, -2, 2.0):
         with pytest.raises(ll.ConfigError, match=rf"decompose_factor={wrong}\): .*a whole number"):
             ll.LoKrConfig(decompose_factor=wrong)  # type: ignore[arg-type]
+
+
+def test_a_split_that_is_none() -> None:
+    with pytest.raises(ll.ConfigError, match=r"split='rows'\): give one of 'patches', 'channels', 'swapped'"):
+        ll.LoKrConfig(split="rows")
+
+
+CONVOLUTIONS: dict[str, Any] = {
+    "1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 9)),
+    "2d": lambda: (nn.Conv2d(4, 6, (3, 2), dilation=2), torch.randn(2, 4, 9, 8)),
+    "3d": lambda: (nn.Conv3d(4, 6, 2), torch.randn(2, 4, 3, 4, 5)),
+    "linear": lambda: (nn.Linear(4, 6), torch.randn(2, 4)),
+}
+
+
+@pytest.mark.parametrize("split", ["channels", "swapped"])
+@pytest.mark.parametrize("r", [1, 8])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_splits_of_channels(kind: str, r: int, split: str) -> None:
+    """Every place of the kernel is a Kronecker product of channels."""
+    torch.manual_seed(0)
+    layer, x = (one.double() for one in CONVOLUTIONS[kind]())
+    frozen = layer.weight.detach().clone()
+    adapter = ll.attach(nn.Sequential(layer), ll.LoKrConfig(r=r, alpha=3.0, split=split, target_names=("0",)))
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    p = {name: tensor.detach().clone().requires_grad_() for name, tensor in adapter.layers()["0"].params.items()}
+    w2 = p["lora_w2"] if r == 8 else p["lora_w2_a"] @ p["lora_w2_b"]
+    places = w2.unflatten(1, (2, -1)).unbind(-1)
+    pairs = [(p["lora_w1"], place) if split == "channels" else (place, p["lora_w1"]) for place in places]
+    change = 3.0 / r * torch.stack([kron(*pair) for pair in pairs], -1).view_as(frozen)
+    x.requires_grad_()
+    plain, _ = CONVOLUTIONS[kind]()
+    plain = plain.double().requires_grad_(False)
+    expected = torch.func.functional_call(plain, {"weight": frozen + change, "bias": layer.bias.detach()}, x)
+    assert_same(layer, x, expected, p, 1e-10)

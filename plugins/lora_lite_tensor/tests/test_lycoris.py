@@ -126,20 +126,21 @@ def test_lokr(size: str, fields: dict[str, Any], parts: set[str]) -> None:
     ("fields", "parts"), [({"r": 1, "alpha": 3.0}, {"w1", "w2_a", "w2_b"}), ({"r": 99}, {"w1", "w2"})], ids=readable
 )
 @pytest.mark.parametrize("kernel", CONV)
-def test_lokr_on_a_convolution(kernel: str, fields: dict[str, Any], parts: set[str]) -> None:
-    """With a factor of the channels, which LyCORIS splits without their kernel."""
+@pytest.mark.parametrize(("split", "factor"), [("channels", 2), ("channels", -1), ("patches", 2)])
+def test_lokr_on_a_convolution(kernel: str, split: str, factor: int, fields: dict[str, Any], parts: set[str]) -> None:
+    """Channels are split, and w2 is one of kernels; a product of rank 1 of a whole patch with a factor of 2, too."""
     layer, twin, x = convolution(CONV[kernel])
-    fields = {**fields, "decompose_factor": 2}
-    cfg = ll.LoKrConfig(**fields, target_names=("0",))
+    fields = {**fields, "decompose_factor": factor}
+    cfg = ll.LoKrConfig(**fields, split=split, target_names=("0",))
     assert compared(layer, cfg, lokr(twin, fields), LOKR, x) == parts
 
 
 def test_every_split_is_theirs_up_to_its_order() -> None:
-    from lora_lite_tensor.lokr import _split
+    from lora_lite_tensor._widths import pair
 
     for width in (*range(1, 130), 768, 1000, 1024, 11008):
         for factor in (-1, 1, 2, 3, 4, 5, 8, 16, 100):
-            assert sorted(_split(width, factor)) == sorted(factorization(width, factor)), (width, factor)
+            assert sorted(pair(width, factor)) == sorted(factorization(width, factor)), (width, factor)
 
 
 def test_the_scale_of_two_whole_parts_stays() -> None:

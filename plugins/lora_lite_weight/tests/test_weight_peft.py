@@ -214,12 +214,11 @@ def test_what_cannot_be_read(theirs: Any, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        (ours("hira", target_names=("0",)), "PEFT's HiRA has factors of another form for convolutions"),
         (ours("glora", target_names=("0",)), "PEFT's GLoRA takes nn.Linear layers, not a Conv2d"),
         (ours("peanut", target_names=("0",)), "PEFT's PEANuT takes nn.Linear layers, not a Conv2d"),
         (ours("deft", target_names=("0",)), "PEFT's DEFT takes linear layers, not a Conv2d"),
     ],
-    ids=["hira", "glora", "peanut", "deft"],
+    ids=["glora", "peanut", "deft"],
 )
 def test_what_cannot_be_written(cfg: ll.AdapterConfig, message: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3))

@@ -52,7 +52,8 @@ def _outside(module: nn.Module, part: str, parts: Sequence[str]) -> int:
 
 
 def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A layer's tensors (of experts: those of each) as PEFT keeps them. MergeError where it is not said how."""
+    """A layer's tensors (of experts: those of each) as PEFT keeps them. MergeError where it is not said how. Of a
+    convolution those of LoRA get its form here, what has another name is as to_peft has made it for this layer."""
     layer: Any = target.layer
     if target.kind == "experts":
         return _of_experts(target, each)
@@ -66,7 +67,7 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
         return {_TABLES[name]: tensor for name, tensor in scaled.items()}
     if not is_convolution(layer):
         return tensors
-    if differs := _of_another_convolution(layer):
+    if any(map(_of_lora, tensors)) and (differs := _of_another_convolution(layer)):
         raise MergeError(f"{differs}; merge(model) instead")
     kernel, ones = layer.weight.shape[1:], (1,) * len(layer.kernel_size)
     shapes = {
@@ -75,9 +76,8 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
         "lora_B.bias": lambda tensor: tensor.shape,
         "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
     }
-    if unknown := [name for name in tensors if name not in shapes]:
-        raise MergeError(f"{unknown[0]} of a convolution has no form in PEFT that is known here; merge(model) instead")
-    return {name: tensor.reshape(shapes[name](tensor)) for name, tensor in tensors.items()}
+    own = {name: shape(tensors[name]) for name, shape in shapes.items() if name in tensors}
+    return {name: tensor.reshape(own.get(name, tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _of_experts(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def read_form(place: Place, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return plain, tensor * scale
     if not is_convolution(layer):
         return name, tensor
-    if differs := _of_another_convolution(layer):
+    if _of_lora(name) and (differs := _of_another_convolution(layer)):
         raise AdapterFileError(f"{name}: {differs}")
     if name.startswith("lora_magnitude"):
         return name, tensor.flatten()
@@ -127,6 +127,12 @@ def _stacked(place: Place, name: str, tensor: Tensor) -> Tensor:
     if name == "lora_A.weight":
         return tensor.unflatten(0, (count, -1))
     return tensor.unflatten(1, (-1, count)).permute(2, 0, 1)
+
+
+def _of_lora(name: str) -> bool:
+    """Whether a tensor is one of PEFT's LoRA, DoRA or AdaLoRA, which run a convolution of their own; of other methods
+    to_peft and from_peft know on which layers they compute the same."""
+    return name.startswith("lora_")
 
 
 def _of_another_convolution(layer: Any) -> str:
