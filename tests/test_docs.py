@@ -205,8 +205,7 @@ def test_pages_made_from_the_code_are_current() -> None:
 
 def test_every_variant_is_chosen_for_something() -> None:
     page = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
-    missing = {info.name for info in ll.list_variants()} - {*re.findall(r"`(\w+)`", page)}
-    assert missing == {"antipasto_mix", "deft", "kasa", "lily", "lora_fa", "peanut", "sora", "spectral", "svft"}
+    assert {info.name for info in ll.list_variants()} <= {*re.findall(r"`(\w+)`", page)}
 
 
 def test_every_method_of_peft_has_a_row() -> None:
