@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lite_core.contract.text import count
+from lora_lite_core.contract.text import count, plain
 
 from ..runs.methods import FROZEN
 from .noise import LEVEL
@@ -20,6 +20,7 @@ def caption(table: TaskTable) -> str:
     if several:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
     sentences += [*_examples(table.rows), *_other_steps(table)]
+    sentences += [plain(note, 500) for note in dict.fromkeys(note for row in table.rows for note in row.first.notes)]
     if table.left_out:
         sentences.append(f"Left out: {count(table.left_out, 'line')} of older code, data or models")
     return ". ".join(sentences) + "."

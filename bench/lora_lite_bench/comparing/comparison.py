@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from rich.progress import Progress, TaskID
+from rich.text import Text
 
 import lora_lite_core as ll
 from lora_lite_core.contract.errors import did_you_mean, listed
@@ -72,6 +73,8 @@ class Comparison:
             status = progress.add_task(f"{name}: getting its model ready", total=None)
             try:
                 processes().main_first(task.prepare)
+                for note in task.notes(self.settings(name).seeds[0], task.steps):
+                    progress.console.print(Text(plain(f"{name}: {note}", 500)))
             except ll.LoraLiteError as error:  # of several tasks the others are still compared
                 if len(made) == 1:
                     raise
