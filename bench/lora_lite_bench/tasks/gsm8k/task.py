@@ -188,8 +188,9 @@ class Gsm8k(Task):
 @lru_cache(maxsize=64)
 def _notes(task: Gsm8k, seed: int, steps: int) -> tuple[str, ...]:
     tokenizer = loading.tokenizer_of(task.model)
+    found = [note for part in corpus.SOURCES if steps or part != "train" for note in corpus.read(part, task.data).notes]
     count = min(steps * task.batch_size, len(corpus.texts("train", task.data)))
-    found = task._train_notes(tokenizer, list(islice(task._drawn(seed), count)))
+    found += task._train_notes(tokenizer, list(islice(task._drawn(seed), count)))
     for split in ("valid", "test"):
         prompts, _ = task._spelled(task._problems(split))
         found += room.of_problems(tokenizer, prompts, task.length, task.new_tokens, corpus.SOURCES[split].file)
