@@ -11,6 +11,7 @@ import click
 
 from lora_lite_core.cli import config_fields, variant_at
 from lora_lite_core.contract.errors import LoraLiteError
+from lora_lite_core.contract.text import count
 
 if TYPE_CHECKING:
     from .comparing.comparison import Comparison
@@ -175,15 +176,17 @@ def _show(comparison: Comparison, out: Path) -> None:
     console = Console()
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
     records = read([out])
-    made = [table for table in tables(records) if table.task in comparison.tasks]
-    for table in made:
+    made = tables(records, comparison.asked)
+    shown = [table for table in made if table.holds(comparison.asked)]
+    for table in shown:
         for one in terminal_tables(table):
             wide.print(one)
-    click.echo(f"{len(records)} lines in {out}")
+    click.echo(f"{count(len(records), 'line')} in {out}")
     if made:
         page = out.with_suffix(".html")
-        write_page(page, records)
-        click.echo(f"pictures: {page}")
+        write_page(page, records, comparison.asked)
+        more = count(len(made) - len(shown), "other table")
+        click.echo(f"pictures: {page}" + (f", with {more}" if len(made) > len(shown) else ""))
 
 
 def _named(asked: tuple[str, ...], everything: bool) -> tuple[tuple[str, ...], dict[str, str]]:

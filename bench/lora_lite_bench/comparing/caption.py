@@ -22,7 +22,7 @@ def caption(table: TaskTable) -> str:
     sentences += [*_examples(table.rows), *_other_steps(table)]
     sentences += [plain(note, 500) for note in dict.fromkeys(note for row in table.rows for note in row.first.notes)]
     if table.left_out:
-        sentences.append(f"Left out: {count(table.left_out, 'line')} of older code, data or models")
+        sentences.append(f"Left out: {count(table.left_out, 'line')} of other code, data or models")
     return ". ".join(sentences) + "."
 
 

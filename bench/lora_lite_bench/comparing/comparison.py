@@ -19,7 +19,7 @@ from ..runs.costing import measure
 from ..runs.methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
 from ..runs.run import Job, Result, calibration, fresh
 from ..tasks import Protocol, Task, TaskError, make_task, protocol_of, task_class
-from .results import ResultsFile, key_of
+from .results import ResultsFile
 from .sweep import GRID, Plan, Settings, plan
 from .workers import drive, quiet, workers
 
@@ -51,6 +51,7 @@ class Comparison:
     protocol: str = ""
     failures: dict[str, str] = field(default_factory=dict)
     protocols: dict[str, Protocol | None] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)  # keys of the lines that it made, or found in the file
 
     def settings(self, task: str) -> Settings:
         """Of the sweeps on a task."""
@@ -63,6 +64,7 @@ class Comparison:
         """Run all that the file lacks, `count` jobs side by side; then measure costs alone, then, of a full comparison,
         run what has matched parameter counts. Returns why methods failed, by name. Raises LoraLiteError for what can be
         known to be wrong beforehand."""
+        self.asked = file.asked
         alone = any(task_class(name).ALONE for name in self.tasks)
         threads = None if alone else 1
         quiet(threads)
@@ -186,7 +188,7 @@ class Comparison:
         for job in jobs:
             job = replace(job, lr=1e-3, steps=0)
             progress.update(bar, description=f"costs, measured alone: {job.task} {job.method}")
-            if job.label not in self.failures and key_of(job, "costs") not in file.records:
+            if job.label not in self.failures and file.known(job, "costs") is None:
                 file.append(job, measure(job))
             progress.update(bar, advance=1)
 

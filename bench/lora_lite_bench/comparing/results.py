@@ -79,11 +79,13 @@ class ResultsFile:
 
     writes  false in all but one of several processes on the same runs: they keep the lines in memory
     cut     a half line at the end of the file, of a run that was killed while it wrote; it is taken off
+    asked   the keys of what this process has looked for or added
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes, self.cut = path, writes, b""
         self.records: dict[str, Record] = {}
+        self.asked: set[str] = set()
         if path.is_dir():
             raise ResultsError(f"{plain(path)} is a folder; give a file in it, as {plain(path / 'results.jsonl')}")
         if writes and not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -101,6 +103,11 @@ class ResultsFile:
         elif last and self.writes:  # whole, without its end: somebody edited the file
             self._write(b"\n")
 
+    def known(self, job: Job, kind: str) -> Record | None:
+        """What the file has of a job: "run" or "costs"."""
+        self.asked.add(key := key_of(job, kind))
+        return self.records.get(key)
+
     def append(self, job: Job, outcome: Result | Costs) -> Record:
         kind = "run" if isinstance(outcome, Result) else "costs"
         record = Record(job, outcome, environment(job), time.strftime("%Y-%m-%dT%H:%M:%S%z"), key_of(job, kind))
@@ -108,6 +115,7 @@ class ResultsFile:
         line = {"kind": kind, "key": record.key, "time": record.time, "job": asdict(job), kind: asdict(outcome)}
         text = json.dumps({**line, "environment": record.environment, "code": record.code}, allow_nan=False) + "\n"
         self.records[record.key] = record
+        self.asked.add(record.key)
         if self.writes:
             self._write(text.encode())
             self._forget(record.key)
