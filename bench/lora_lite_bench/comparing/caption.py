@@ -8,9 +8,11 @@ from ..runs.methods import FROZEN
 from .noise import LEVEL
 from .table import Row, TaskTable
 
+LONGEST = 8_000  # characters
+
 
 def caption(table: TaskTable) -> str:
-    """How many seeds and examples, which rates were swept, and what is not as in the other rows."""
+    """How many seeds and examples, which rates were swept, and what is not as in the other rows, made `plain`."""
     several = any(len(row.main.runs) > 1 for row in table.rows)
     sentences = [
         f"± {LEVEL:.0%} interval of the mean over seeds" if several else "One seed: no interval can be given",
@@ -20,10 +22,10 @@ def caption(table: TaskTable) -> str:
     if several:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
     sentences += [*_examples(table.rows), *_other_steps(table)]
-    sentences += [plain(note, 500) for note in dict.fromkeys(note for row in table.rows for note in row.first.notes)]
+    sentences += dict.fromkeys(note for row in table.rows for note in row.first.notes)
     if table.left_out:
         sentences.append(f"Left out: {count(table.left_out, 'line')} of other code, data or models")
-    return ". ".join(sentences) + "."
+    return plain(". ".join(sentences) + ".", LONGEST)
 
 
 def _rates(rows: list[Row]) -> list[str]:

@@ -19,6 +19,7 @@ from ..runs.costing import measure
 from ..runs.methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
 from ..runs.run import Job, Result, calibration, fresh
 from ..tasks import Protocol, Task, TaskError, make_task, protocol_of, task_class
+from .groups import setting
 from .results import ResultsFile
 from .sweep import GRID, Plan, Settings, plan
 from .workers import drive, quiet, workers
@@ -129,7 +130,7 @@ class Comparison:
             fields = fitting(task, method, {**given, **self.fields}, fixed)
             stated = self.steps or "steps" in self.knobs or self.size == "quick" or protocol
             steps = task.steps if stated else int(ll.get_variant(method).bench.get("steps", task.steps))
-            label = " ".join([method, *(f"{key}={value}" for key, value in self.fields.items())])
+            label = " ".join([method, *(setting(key, value) for key, value in self.fields.items())])
             yield replace(
                 first,
                 method=method,

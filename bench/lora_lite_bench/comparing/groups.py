@@ -89,7 +89,7 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
         names = {name for fields in configured.values() for name in fields}
         differ = sorted(n for n in names if len({_spelled(fields.get(n)) for fields in configured.values()}) > 1)
         for fields in configured.values():
-            more = [f"{name}={_short(fields[name])}" for name in differ if name in fields]
+            more = [setting(name, _short(fields[name])) for name in differ if name in fields]
             rows[" ".join([label, *more])] = [record for record in mine if _configured(record.job, fields)]
     return rows
 
@@ -101,8 +101,13 @@ def _configured(job: Job, fields: dict[str, Any]) -> bool:
     return _spelled({**job.fields, "r": 0}) == _spelled({**fields, "r": 0})
 
 
-def _short(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def setting(name: str, value: object) -> str:
+    """As it stands in titles and labels: what is empty is spelled, too."""
+    return f"{name}={str(value) or repr(value)}"
+
+
+def _short(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) and value else value
 
 
 def _spelled(value: object) -> str:

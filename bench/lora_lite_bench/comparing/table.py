@@ -10,7 +10,7 @@ from typing import Any
 from ..runs.costing import Costs
 from ..runs.methods import ANCHORS, FROZEN, MATCHED, REFERENCE
 from ..runs.run import Job, Result
-from .groups import Group, by_row, groups
+from .groups import Group, by_row, groups, setting
 from .noise import Interval, interval, paired, verdict
 from .results import Record
 from .sweep import chosen, loss_of
@@ -109,8 +109,9 @@ class TaskTable:
 
     @property
     def title(self) -> str:
-        knobs = ", ".join(f"{name}={value}" for name, value in self.knobs.items())
-        return f"{self.task}{f' ({knobs})' if knobs else ''}, {self.steps} steps"
+        knobs = ", ".join(setting(name, value) for name, value in self.knobs.items())
+        steps = f"{self.steps} steps" if self.steps else "not trained"
+        return f"{self.task}{f' ({knobs})' if knobs else ''}, {steps}"
 
     def row(self, method: str) -> Row | None:
         """Of a method, as little configured as there is one."""

@@ -68,7 +68,7 @@ def _section(table: TaskTable) -> str:
     figures = "".join(_figure(shows, figure) for _, shows, figure in pictures(table))
     costs = _table(table, COSTS) if any(row.costs for row in table.rows) else ""
     return (
-        f"<h2>{_text(table.title)}</h2>{_table(table, SCORES)}<p class='small'>{_text(caption(table))}</p>"
+        f"<h2>{_text(table.title)}</h2>{_table(table, SCORES)}<p class='small'>{html.escape(caption(table))}</p>"
         f"{costs}{figures}"
     )
 

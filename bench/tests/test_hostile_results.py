@@ -1,0 +1,75 @@
+"""Words of others in titles, captions and file names, and results files that are damaged: nothing odd is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from lora_lite_bench.comparing.results import Record, ResultsFile
+from lora_lite_bench.comparing.table import TaskTable, tables
+from lora_lite_bench.report.command import report
+from lora_lite_bench.report.markdown import markdown
+from lora_lite_bench.report.terminal import terminal_tables
+from lora_lite_bench.runs.methods import FROZEN
+from lora_lite_bench.runs.run import Job, Result
+from rich.console import Console
+
+JOB = Job("shifted", {}, "lora", {}, seed=0, lr=0.01, steps=48, label="lora")
+
+
+def table_of(*jobs: Job, notes: str = "") -> TaskTable:
+    result = Result(test=0.5, valid=0.5, valid_loss=1.0, trainable=3, notes=[notes] if notes else [])
+    (table,) = tables(Record(job, result, key=str(job)) for job in jobs)
+    return table
+
+
+def in_terminal(table: TaskTable) -> str:
+    console = Console(width=300)
+    with console.capture() as caught:
+        for one in terminal_tables(table):
+            console.print(one)
+    return caught.get()
+
+
+@pytest.mark.parametrize("words", ["[INST] {query} [/INST]", "[red]{query}", "[/bold]"])
+def test_brackets_are_no_markup(words: str) -> None:
+    """A prompt of Llama's ended a command in a MarkupError, after all was trained."""
+    label = f"lora {words}"
+    shown = in_terminal(table_of(replace(JOB, knobs={"prompt": words}, label=label), notes=f"note {words}"))
+    assert f"prompt={words}" in shown
+    assert f"note {words}." in shown
+    assert label in shown
+
+
+def test_control_characters_and_tags_are_shown_as_they_are_spelled() -> None:
+    label = "lora \x1b[31m<script>"
+    table = table_of(replace(JOB, label=label, knobs={"prompt": "a\nb\x1b[2J"}))
+    for text in (in_terminal(table), markdown([table])):
+        assert "\x1b" not in text
+        assert r"\x1b[31m" in text.replace("\\\\", "\\")
+    assert "<script>" not in markdown([table])
+
+
+def test_titles_without_empty_places() -> None:
+    assert table_of(JOB).title == "shifted, 48 steps"
+    assert table_of(replace(JOB, knobs={"between": "", "data": "d"})).title == "shifted (between='', data=d), 48 steps"
+    assert table_of(replace(JOB, method=FROZEN, steps=0)).title == "shifted, not trained"
+    fields = [{"bias": "", "target_names": ()}, {"bias": "all", "target_names": ["q", "v"]}]
+    labels = [row.label for row in table_of(*(replace(JOB, fields=one) for one in fields)).rows]
+    assert labels == ["lora bias='' target_names=()", "lora bias=all target_names=q,v"]
+
+
+def test_a_task_named_like_a_path_stays_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = ResultsFile(tmp_path / "r.jsonl")
+    file.append(JOB, Result(test=0.5, valid=0.5, valid_loss=1.0, trainable=3, losses=[1.0, 0.5]))
+    text = file.path.read_text(encoding="utf-8")
+    for name in ("../../up", "/tmp/abs", "a/b"):
+        file.path.write_text(text.replace('"task": "shifted"', f'"task": "{name}"'), encoding="utf-8")
+        done = CliRunner().invoke(report, ["r.jsonl", "--png", "pictures"])
+        assert done.exit_code == 0, done.output
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert made
+    assert all(name.count("/") == 1 and name.startswith("pictures/") for name in made)
