@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,3 +74,55 @@ def test_a_task_named_like_a_path_stays_in_the_folder(tmp_path: Path, monkeypatc
     made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert made
     assert all(name.count("/") == 1 and name.startswith("pictures/") for name in made)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("run", "test", "0.5", "test is '0.5', and not float | None"),
+        ("run", "rank", 1.5, "rank is 1.5, and not int | None"),
+        ("run", "trainable", True, "trainable is True, and not int"),
+        ("run", "losses", ["a"], r"losses is ['a'], and not list[float]"),
+        ("run", "notes", None, "notes is None, and not list[str]"),
+        ("run", "examples", {"test": "x"}, "examples is {'test': 'x'}, and not dict[str, int]"),
+        ("run", "spectrum", {"a": 3}, "spectrum is {'a': 3}, and not dict"),
+        ("job", "seed", "1", "seed is '1', and not int"),
+        ("job", "lr", None, "lr is None, and not float"),
+        ("job", "knobs", [1], "knobs is [1], and not dict[str"),
+        ("job", "method", ["a"], "method is ['a'], and not str"),
+        ("job", "label", "\x1b[31m" * 9 + "a", ""),
+        ("environment", "a", {"b": 1}, "environment is {"),
+        ("run", "test", float("nan"), "NaN is no number of JSON"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_line(
+    part: str, name: str, value: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ended in tracebacks, or stood in the table."""
+    monkeypatch.setattr("lora_lite_bench.report.page.pictures", lambda table: iter(()))
+    file = ResultsFile(tmp_path / "r.jsonl")
+    file.append(JOB, Result(test=0.5, valid=0.5, valid_loss=1.0, trainable=3))
+    line = json.loads(file.path.read_text(encoding="utf-8"))
+    line[part][name] = value
+    file.path.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    done = CliRunner().invoke(report, [str(file.path), "--html", str(tmp_path / "r.html")])
+    assert "\x1b" not in done.output
+    if message:
+        said = "line 1 is no result of `lora-lite bench` of this version: "
+        assert done.exit_code == 1
+        assert said in done.output
+        assert message in done.output.partition(said)[2]
+
+
+def test_lines_too_deep_and_lines_cut_off_are_told(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path / "r.jsonl")
+    file.append(JOB, Result(test=0.5, valid=0.5, valid_loss=1.0, trainable=3))
+    text = file.path.read_text(encoding="utf-8")
+    file.path.write_text(text + text[:50], encoding="utf-8")
+    done = CliRunner().invoke(report, [str(file.path), "--markdown", str(tmp_path / "r.md")])
+    assert done.exit_code == 0
+    assert f"{file.path}: the last line was cut off while it was written; it is left out" in done.stderr
+    file.path.write_text('{"kind": "run", "run": ' + "[" * 100_000 + "\n", encoding="utf-8")
+    done = CliRunner().invoke(report, [str(file.path), "--markdown", str(tmp_path / "r.md")])
+    assert done.exit_code == 1
+    assert "line 1 is no result of `lora-lite bench` of this version: RecursionError" in done.output

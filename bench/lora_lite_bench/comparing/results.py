@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..runs.costing import Costs
 from ..runs.methods import ANCHORS
 from ..runs.run import Job, Result, variant_of, versions
 from ..tasks import task_distribution
+from .kinds import check
 
 KINDS: dict[str, type[Result] | type[Costs]] = {"run": Result, "costs": Costs}
 START = '{"kind": "'
@@ -151,9 +152,9 @@ class ResultsFile:
             self._unfinished().rmdir()
 
 
-def read(paths: Iterable[Path]) -> list[Record]:
-    """The records of all files, of each key the last. A last line that was cut off while it was written is left out.
-    Raises ResultsError."""
+def read(paths: Iterable[Path], tell: Callable[[str], None] = str) -> list[Record]:
+    """The records of all files, of each key the last. A last line that was cut off while it was written is left out,
+    which `tell` is told. Raises ResultsError."""
     found: dict[str, Record] = {}
     for path in paths:
         try:
@@ -161,8 +162,9 @@ def read(paths: Iterable[Path]) -> list[Record]:
         except (OSError, UnicodeDecodeError) as error:
             raise ResultsError(f"{plain(path)} cannot be read: {told(error)}") from error
         lines = text.split("\n")
-        if begun(lines[-1]):
+        if lines[-1] and begun(lines[-1]):
             lines.pop()
+            tell(f"{plain(path)}: the last line was cut off while it was written; it is left out")
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
@@ -177,20 +179,26 @@ def begun(line: str) -> bool:
         return False
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
 def _record(line: str, place: str) -> Record:
     try:
-        read = json.loads(line)
+        read = json.loads(line, parse_constant=_no_number)
         kind = read["kind"]
-        outcome = KINDS[kind](**read[kind])
+        job, outcome = Job(**read["job"]), KINDS[kind](**read[kind])
         task, method = map(str, read.get("code", ("", "")))
         found = dict(read["environment"]), str(read["time"]), str(read["key"])
-        return Record(Job(**read["job"]), outcome, *found, (task, method))
-    except (ValueError, KeyError, TypeError) as error:
+        for cls, values in ((Job, read["job"]), (KINDS[kind], read[kind]), (Record, {"environment": found[0]})):
+            check(cls, values)
+        return Record(job, outcome, *found, (task, method))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultsError(
             f"{place} is no result of `lora-lite bench` of this version: {plain(told(error))}"
         ) from error

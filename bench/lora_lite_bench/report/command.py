@@ -55,7 +55,7 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
     from .pictures import pictures
 
     try:
-        records = read(files)
+        records = read(files, lambda text: click.echo(text, err=True))
     except LoraLiteError as error:
         raise click.ClickException(str(error)) from error
     made = tables(records)
