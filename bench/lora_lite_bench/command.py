@@ -33,7 +33,7 @@ def _positive(context: click.Context, option: click.Parameter, value: float | No
 @click.option("--full", is_flag=True, help="All small tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
 @click.option("--protocol", default="", metavar="NAME|FOLDER", help="A task's named settings: peft, lora-lite (gsm8k).")
-@click.option("--seed", type=int, help="The first of the seeds.  [default: 0, or the protocol's]")
+@click.option("--seed", type=click.IntRange(0, 2**32), help="The first of the seeds.  [default: 0, or the protocol's]")
 @click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5, or the protocol's; 2 with --quick]")
 @click.option(
     "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"

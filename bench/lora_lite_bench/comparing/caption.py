@@ -21,7 +21,7 @@ def caption(table: TaskTable) -> str:
     ]
     if several:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
-    sentences += [*_examples(table.rows), *_other_steps(table)]
+    sentences += [*_stopped(table.rows), *_examples(table.rows), *_other_steps(table)]
     sentences += dict.fromkeys(note for row in table.rows for note in row.first.notes)
     if table.left_out:
         sentences.append(f"Left out: {count(table.left_out, 'line')} of other code, data or models")
@@ -35,6 +35,13 @@ def _rates(rows: list[Row]) -> list[str]:
         return ["Rates as the command, the protocol or the module (BENCH) states them, not swept"] if stated else []
     said = f"Rates from {tried[0]:.2g} to {tried[-1]:.2g}, chosen on validation, reported on test"
     return [said, *([f"Stated, not swept: {', '.join(stated)}"] if stated else [])]
+
+
+def _stopped(rows: list[Row]) -> list[str]:
+    """Whose runs were stopped, of those that are reported."""
+    of = [(row, sum(bool(run.stopped) for run in row.main.runs.values())) for row in rows]
+    said = [f"{row.label} in {number} of {count(len(row.main.runs), 'seed')}" for row, number in of if number]
+    return [f"Training fell apart, and counts as 0 %: {', '.join(said)}"] if said else []
 
 
 def _examples(rows: list[Row]) -> list[str]:
