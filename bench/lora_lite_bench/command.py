@@ -154,10 +154,13 @@ def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any
         try:
             file = processes().main_first(lambda: ResultsFile(out, writes=processes().main))
             if file.cut:
-                console.print(f"{out}: the last line was cut off while it was written; its run is made again")
+                console.print(
+                    f"{out}: the last line was cut off while it was written; its run is made again", markup=False
+                )
             return comparison.carry_out(file, jobs or cores(), progress)
         except KeyboardInterrupt:
-            console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")
+            said = f"stopped; what is finished is in {out}, and the same command goes on from there"
+            console.print(said, markup=False)
             return {}
         except LoraLiteError as error:
             raise click.ClickException(str(error)) from error

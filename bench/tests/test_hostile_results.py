@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from lora_lite_bench.comparing.results import Record, ResultsFile
+from lora_lite_bench.command import bench
+from lora_lite_bench.comparing.results import Record, ResultsError, ResultsFile
 from lora_lite_bench.comparing.table import TaskTable, tables
 from lora_lite_bench.report.command import report
 from lora_lite_bench.report.markdown import markdown
@@ -126,3 +128,21 @@ def test_lines_too_deep_and_lines_cut_off_are_told(tmp_path: Path) -> None:
     done = CliRunner().invoke(report, [str(file.path), "--markdown", str(tmp_path / "r.md")])
     assert done.exit_code == 1
     assert "line 1 is no result of `lora-lite bench` of this version: RecursionError" in done.output
+
+
+def test_what_is_no_file_is_not_read_without_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path(os.devnull), tmp_path / "pipe"):
+        with pytest.raises(ResultsError, match="is a device or a pipe; give a file: --out FILE"):
+            ResultsFile(path)
+
+
+def test_a_path_with_brackets_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in a MarkupError where a half line was taken off."""
+    monkeypatch.chdir(tmp_path)
+    Path("a[").mkdir()
+    out = Path("a[/b].jsonl")
+    out.write_text('{"kind": "run', encoding="utf-8")
+    done = CliRunner().invoke(bench, ["ia3", "--set", "rank=3", "--out", str(out)])
+    assert f"{out}: the last line was cut off" in done.output
+    assert "no field 'rank'" in done.output

@@ -89,6 +89,8 @@ class ResultsFile:
         self.asked: set[str] = set()
         if path.is_dir():
             raise ResultsError(f"{plain(path)} is a folder; give a file in it, as {plain(path / 'results.jsonl')}")
+        if path.exists() and not path.is_file():  # a device is read without end, a pipe waits
+            raise ResultsError(f"{plain(path)} is a device or a pipe; give a file: --out FILE")
         if writes and not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ResultsError(f"{plain(path)} cannot be written to; give another place: --out FILE")
         if path.exists():
