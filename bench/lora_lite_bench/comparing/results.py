@@ -154,7 +154,7 @@ class ResultsFile:
             self._unfinished().rmdir()
 
 
-def read(paths: Iterable[Path], tell: Callable[[str], None] = str) -> list[Record]:
+def read(paths: Iterable[Path], tell: Callable[[str], object] = str) -> list[Record]:
     """The records of all files, of each key the last. A last line that was cut off while it was written is left out,
     which `tell` is told. Raises ResultsError."""
     found: dict[str, Record] = {}
