@@ -11,6 +11,7 @@ import click
 
 from lora_lite_core.cli import config_fields, variant_at
 from lora_lite_core.contract.errors import LoraLiteError
+from lora_lite_core.contract.text import count
 
 if TYPE_CHECKING:
     from .comparing.comparison import Comparison
@@ -32,7 +33,7 @@ def _positive(context: click.Context, option: click.Parameter, value: float | No
 @click.option("--full", is_flag=True, help="All small tasks, longer training, wider sweeps, matched parameter counts.")
 @click.option("--quick", is_flag=True, help="Few steps, rates and seeds: a check that all works, not a result.")
 @click.option("--protocol", default="", metavar="NAME|FOLDER", help="A task's named settings: peft, lora-lite (gsm8k).")
-@click.option("--seed", type=int, help="The first of the seeds.  [default: 0, or the protocol's]")
+@click.option("--seed", type=click.IntRange(0, 2**32), help="The first of the seeds.  [default: 0, or the protocol's]")
 @click.option("--seeds", type=click.IntRange(1), help="How many.  [default: 5, or the protocol's; 2 with --quick]")
 @click.option(
     "--steps", type=click.IntRange(8), help="Training steps.  [default: the task's, or a module's own: BENCH]"
@@ -153,10 +154,13 @@ def _carry_out(comparison: Comparison, jobs: int | None, out: Path, console: Any
         try:
             file = processes().main_first(lambda: ResultsFile(out, writes=processes().main))
             if file.cut:
-                console.print(f"{out}: the last line was cut off while it was written; its run is made again")
+                console.print(
+                    f"{out}: the last line was cut off while it was written; its run is made again", markup=False
+                )
             return comparison.carry_out(file, jobs or cores(), progress)
         except KeyboardInterrupt:
-            console.print(f"stopped; what is finished is in {out}, and the same command goes on from there")
+            said = f"stopped; what is finished is in {out}, and the same command goes on from there"
+            console.print(said, markup=False)
             return {}
         except LoraLiteError as error:
             raise click.ClickException(str(error)) from error
@@ -175,17 +179,19 @@ def _show(comparison: Comparison, out: Path) -> None:
     console = Console()
     wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
     records = read([out])
-    made = [table for table in tables(records) if table.task in comparison.tasks]
-    for table in made:
+    made = tables(records, comparison.asked)
+    shown = [table for table in made if table.holds(comparison.asked)]
+    for table in shown:
         for one in terminal_tables(table):
             wide.print(one)
     if comparison.size == "quick":
         click.echo("--quick: a check that all works, not a result")
-    click.echo(f"{len(records)} lines in {out}")
+    click.echo(f"{count(len(records), 'line')} in {out}")
     if made:
         page = out.with_suffix(".html")
-        write_page(page, records)
-        click.echo(f"pictures: {page}")
+        write_page(page, records, comparison.asked)
+        more = count(len(made) - len(shown), "other table")
+        click.echo(f"pictures: {page}" + (f", with {more}" if len(made) > len(shown) else ""))
 
 
 def _named(asked: tuple[str, ...], everything: bool) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -82,42 +82,6 @@ def test_data_that_is_not_there(broken: Any, message: str, tmp_path: Path) -> No
         corpus.texts("test", str(tmp_path))
 
 
-def rows(count: int, **columns: Any) -> str:
-    return "".join(json.dumps(columns) + "\n" for _ in range(count))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (rows(1, question="a", answer="#### 3") + rows(1, question="a", answer=None), r"row 2: answer is None, and text is needed"),
-        (rows(2, question=3, answer="#### 3"), r"row 1: question is 3, and text is needed"),
-        (rows(1, question="a", answer="#### 3") + '{"question": "a"}\n', r"row 2: answer is None, and text is needed"),
-        (rows(1, question="a", answer="#### 3") + rows(2, question="a", answer="none"), r"2 of 3 have no final answer, row 2 is the first"),
-        ("", r"test\.jsonl is empty\n[\s\S]*one JSON object a line"),
-        (rows(1, question="a", answer="b")[:9] + "\n", r"test\.jsonl cannot be read: .*JSON parse error"),
-    ],
-)  # fmt: skip
-def test_texts_that_are_none(text: str, message: str, tmp_path: Path) -> None:
-    """A missing value is not the text "None", and a right answer that no model can give is not silent."""
-    (write_data(tmp_path) / "gsm8k/test.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(TaskError, match=message):
-        corpus.texts("test", str(tmp_path))
-
-
-def test_files_that_are_refused(tmp_path: Path) -> None:
-    folder = write_data(tmp_path)
-    long = rows(3, query="a" * 1300, response="b")
-    (folder / "metamath/train.jsonl").write_text(long, encoding="utf-8")
-    with pytest.raises(TaskError, match="each of its texts is longer than 1,300 characters"):
-        corpus.texts("train", str(folder))
-    (folder / "gsm8k/test.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "#### 3"}\n'.encode("latin-1"))
-    with pytest.raises(TaskError, match="not in UTF-8|cannot be read"):
-        corpus.texts("test", str(folder))
-    (folder / "gsm8k/train.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(TaskError, match=r"in more than one form: gsm8k/train\.json, gsm8k/train\.jsonl; keep one"):
-        corpus.texts("valid", str(folder))
-
-
 @pytest.mark.parametrize("damage", ["tokenizer", "shard", "half a shard"])
 def test_models_that_are_not_whole(damage: str, places: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
@@ -162,14 +126,14 @@ def test_no_folder_no_hub_no_model(places: dict[str, str], monkeypatch: pytest.M
 
 
 def test_packages_that_are_not_there(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus.texts.cache_clear()
+    corpus.read.cache_clear()
     task = make_task("gsm8k", {**places, "quantize": "nf4"})
     for name, command in (("bitsandbytes", "bitsandbytes"), ("accelerate", "lora-lite-bench[gsm8k]")):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, name, None)
             with pytest.raises(TaskError, match=rf"needs {name}; type: pip install '{re.escape(command)}'"):
                 task.prepare()
-    corpus.texts.cache_clear()
+    corpus.read.cache_clear()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match=r"needs datasets; type: pip install 'lora-lite-bench\[gsm8k\]'"):
         task.prepare()
@@ -217,7 +181,7 @@ def test_encoding(task: Any) -> None:
     assert ((everything["labels"] != -100) == (everything["attention_mask"] == 1)).all()
     cut = encoding.encode(tokenizer, prompts, answers, 5, all_in_loss=False)
     assert cut["input_ids"].shape == (2, 5)
-    assert (cut["labels"] != -100).sum(1).tolist() == [1, 1], "something to learn is left"
+    assert (cut["labels"] != -100).sum(1).tolist() == [0, 0], "the question's last token is no answer"
     first = task.part(batch, slice(1))
     assert first["input_ids"].shape[1] == int(batch["attention_mask"][0].sum()), "without the others' padding"
 

@@ -18,7 +18,7 @@ from lora_lite_bench.command import bench
 from lora_lite_bench.comparing.results import ResultsFile, key_of, read
 from lora_lite_bench.comparing.table import tables
 from lora_lite_bench.runs.run import Job, Result
-from lora_lite_bench.tasks import TaskError
+from lora_lite_bench.tasks import TaskError, make_task
 from lora_lite_bench.tasks.gsm8k import corpus
 
 from bench.tests.word_problems import write_data, write_model
@@ -30,7 +30,7 @@ TEST = "gsm8k/test.jsonl"
 
 @pytest.fixture(autouse=True)
 def read_anew() -> None:
-    corpus.texts.cache_clear()
+    corpus.read.cache_clear()
 
 
 def changed(folder: Path, change: Callable[[bytes], bytes]) -> Path:
@@ -125,6 +125,72 @@ def test_files_that_are_none(name: str, text: bytes, message: str, tmp_path: Pat
         corpus.texts("test", str(folder))
 
 
+def rows(count: int, **columns: Any) -> str:
+    return "".join(json.dumps(columns) + "\n" for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (rows(1, question="a", answer="#### 3") + rows(1, question="a", answer=None), r"row 2: answer is None, and text is needed"),
+        (rows(2, question=3, answer="#### 3"), r"row 1: question is 3, and text is needed"),
+        (rows(1, question="a", answer="#### 3") + '{"question": "a"}\n', r"row 2: answer is None, and text is needed"),
+        (rows(1, question="a", answer="#### 3") + rows(2, question=" ", answer="#### 3"), r"gsm8k/test of task 'gsm8k': 2 of 3 have an empty question, row 2 is the first; fill it in"),
+        (rows(1, question="a", answer="#### 3") + rows(1, question="a", answer=""), r"1 of 2 have no final answer, row 2 is the first"),
+        (rows(1, question="a", answer="He has 3 pens.\n#### "), r"1 of 1 have no final answer, row 1 is the first"),
+        (rows(1, question="a", answer="#### 3") + rows(2, question="a", answer="none"), r"2 of 3 have no final answer, row 2 is the first"),
+        ("", r"test\.jsonl is empty\n[\s\S]*one JSON object a line"),
+        (rows(1, question="a", answer="b")[:9] + "\n", r"test\.jsonl cannot be read: .*JSON parse error"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    """A missing value is not the text "None", and a right answer that no model can give is not silent."""
+    (write_data(tmp_path) / "gsm8k/test.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(TaskError, match=message):
+        corpus.texts("test", str(tmp_path))
+
+
+def test_texts_that_are_left_out_are_told(places: dict[str, str], tmp_path: Path) -> None:
+    """Empty ones were trained on: to answer nothing at all is learnt first."""
+    folder = write_data(tmp_path, train=6)
+    train, test = folder / "metamath/train.jsonl", folder / "gsm8k/test.jsonl"
+    whole = train.read_text(encoding="utf-8")
+    empty = rows(1, query="a", response="") + rows(2, query=" \n", response="b")
+    train.write_text(empty + whole + rows(1, query="a" * 1300, response="b"), encoding="utf-8")
+    test.write_text(
+        test.read_text(encoding="utf-8") + rows(1, question="a", answer="#### a\x1b[31m pen"), encoding="utf-8"
+    )
+    assert len(corpus.texts("train", str(folder))) == 6
+    task = make_task("gsm8k", {**places, "data": str(folder)})
+    train_notes = [
+        "metamath/train: 3 of 10 texts have an empty query or response, row 1 is the first: they are left out",
+        "metamath/train: 1 of 10 texts are longer than 1,300 characters, row 10 is the first: they are left out",
+    ]
+    test_note = r"gsm8k/test: 1 of 11 final answers are no numbers and are compared as text, row 11 is the first: 'a\x1b[31m pen'"
+    assert list(task.notes(0, 4)) == [*train_notes, test_note]
+    assert list(task.notes(0, 0)) == [test_note]
+    train.write_text(empty, encoding="utf-8")
+    corpus.read.cache_clear()
+    with pytest.raises(TaskError, match="nothing would be trained: metamath/train: 3 of 3 texts have an empty query"):
+        corpus.texts("train", str(folder))
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    folder = write_data(tmp_path)
+    long = rows(3, query="a" * 1300, response="b")
+    (folder / "metamath/train.jsonl").write_text(long, encoding="utf-8")
+    with pytest.raises(
+        TaskError, match="nothing would be trained: metamath/train: 3 of 3 texts are longer than 1,300 characters"
+    ):
+        corpus.texts("train", str(folder))
+    (folder / "gsm8k/test.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "#### 3"}\n'.encode("latin-1"))
+    with pytest.raises(TaskError, match="not in UTF-8|cannot be read"):
+        corpus.texts("test", str(folder))
+    (folder / "gsm8k/train.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(TaskError, match=r"in more than one form: gsm8k/train\.json, gsm8k/train\.jsonl; keep one"):
+        corpus.texts("valid", str(folder))
+
+
 def test_other_contents_at_the_same_place_are_another_result(tmp_path: Path) -> None:
     """Of data, even with the same size and time, and of a model; what is read is the new. No results are mixed."""
     data, model = write_data(tmp_path / "data"), write_model(tmp_path / "model")
@@ -141,7 +207,7 @@ def test_other_contents_at_the_same_place_are_another_result(tmp_path: Path) -> 
     second = key_of(job, "run")
     assert second != first
     assert file.unfinished(job).name == second
-    corpus.texts.cache_clear()
+    corpus.read.cache_clear()
     assert [text.question.replace("cups", "pens") for text in corpus.texts("test", str(data))] == [
         text.question for text in old
     ]

@@ -91,7 +91,7 @@ def test_results_of_older_code_do_not_mix_with_the_newest() -> None:
     row = table.row("mine")
     assert row is not None
     assert row.main.test.mean == pytest.approx(0.31)
-    assert "Left out: 3 lines of older code, data or models." in caption(table)
+    assert "Left out: 3 lines of other code, data or models." in caption(table)
     (table,) = tables([*runs("lora", 0.5, code=("t", "l")), *new, *runs("ia3", 0.2, code=("other", "i"))])
     assert list(said(table)) == ["lora", "mine"], "other code of the task is another task"
     (table,) = tables([*runs("mine", 0.9), *new[:1]])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from lora_lite_core.contract.text import count
+from lora_lite_core.contract.text import count, plain
 
-from ..runs.methods import FROZEN, REFERENCE
+from ..runs.methods import ANCHORS, FROZEN, REFERENCE
 from .noise import LEVEL
 from .table import Row, TaskTable
 
+LONGEST = 8_000  # characters
+
 
 def caption(table: TaskTable) -> str:
-    """How many seeds and examples, which rates were swept, and what is not as in the other rows."""
+    """How many seeds and examples, which rates were swept, and what is not as in the other rows, made `plain`."""
     several = any(len(row.main.runs) > 1 for row in table.rows)
     sentences = [
         f"± {LEVEL:.0%} interval of the mean over seeds" if several else "One seed: no interval can be given",
@@ -19,11 +21,12 @@ def caption(table: TaskTable) -> str:
     ]
     if several:
         sentences.append(f"Each verdict is {LEVEL:.0%} sure by itself: of 20, expect one to be chance")
-    sentences += [*_examples(table.rows), *_other_steps(table)]
+    sentences += [*_stopped(table.rows), *_examples(table.rows), *_other_steps(table)]
     sentences += _words(table.rows)
+    sentences += dict.fromkeys(note for row in table.rows for note in row.first.notes)
     if table.left_out:
-        sentences.append(f"Left out: {count(table.left_out, 'line')} of older code, data or models")
-    return ". ".join(sentences) + "."
+        sentences.append(f"Left out: {count(table.left_out, 'line')} of other code, data or models")
+    return plain(". ".join(sentences) + ".", LONGEST)
 
 
 def costs_caption(table: TaskTable) -> str:
@@ -47,6 +50,13 @@ def _rates(rows: list[Row]) -> list[str]:
     return [said, *([f"Stated, not swept: {', '.join(stated)}"] if stated else [])]
 
 
+def _stopped(rows: list[Row]) -> list[str]:
+    """Whose runs were stopped, of those that are reported."""
+    of = [(row, sum(bool(run.stopped) for run in row.main.runs.values())) for row in rows]
+    said = [f"{row.label} in {number} of {count(len(row.main.runs), 'seed')}" for row, number in of if number]
+    return [f"Training fell apart, and counts as 0 %: {', '.join(said)}"] if said else []
+
+
 def _examples(rows: list[Row]) -> list[str]:
     """Of the splits, where the lines say it: how fine a score can be."""
     said = list[str]()
@@ -64,8 +74,12 @@ def _other_steps(table: TaskTable) -> list[str]:
 
 def _words(rows: list[Row]) -> list[str]:
     """What the columns are that are there for some tables only."""
-    matched = any("matched" in row.scores for row in rows)
-    return [
-        *([f"Matched: with the rank that trains as many parameters as {REFERENCE}"] if matched else []),
-        *(["Forgets %: points that the base's own task has lost"] if any(row.forgets for row in rows) else []),
-    ]
+    others = [row for row in rows if row.method not in (REFERENCE, *ANCHORS)]
+    said = list[str]()
+    if any("matched" in row.scores for row in rows):
+        said.append(f"Matched: with the rank that trains as many parameters as {REFERENCE}")
+    elif others and len(others) < sum(row.method not in ANCHORS for row in rows):
+        said.append(f"Each at its own rank: a column with as many parameters as {REFERENCE} is made by --full")
+    if any(row.forgets for row in rows):
+        said.append("Forgets %: points that the base's own task has lost")
+    return said

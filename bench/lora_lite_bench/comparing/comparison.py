@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from rich.progress import Progress, TaskID
+from rich.text import Text
 
 import lora_lite_core as ll
 from lora_lite_core.contract.errors import did_you_mean, listed
@@ -18,7 +19,8 @@ from ..runs.costing import measure
 from ..runs.methods import ANCHORS, FROZEN, REFERENCE, config_for, fitting, known_fields, matched_rank, parameters_of
 from ..runs.run import Job, Result, calibration, fresh
 from ..tasks import Protocol, Task, TaskError, make_task, protocol_of, task_class
-from .results import ResultsFile, key_of
+from .groups import setting
+from .results import ResultsFile
 from .sweep import GRID, Plan, Settings, plan
 from .workers import drive, quiet, workers
 
@@ -50,6 +52,7 @@ class Comparison:
     protocol: str = ""
     failures: dict[str, str] = field(default_factory=dict)
     protocols: dict[str, Protocol | None] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)  # keys of the lines that it made, or found in the file
 
     def settings(self, task: str) -> Settings:
         """Of the sweeps on a task."""
@@ -62,6 +65,7 @@ class Comparison:
         """Run all that the file lacks, `count` jobs side by side; then measure costs alone, then, of a full comparison,
         run what has matched parameter counts. Returns why methods failed, by name. Raises LoraLiteError for what can be
         known to be wrong beforehand."""
+        self.asked = file.asked
         alone = any(task_class(name).ALONE for name in self.tasks)
         threads = None if alone else 1
         quiet(threads)
@@ -72,6 +76,8 @@ class Comparison:
             status = progress.add_task(f"{name}: getting its model ready", total=None)
             try:
                 processes().main_first(task.prepare)
+                for note in task.notes(self.settings(name).seeds[0], task.steps):
+                    progress.console.print(Text(plain(f"{name}: {note}", 500)))
             except ll.LoraLiteError as error:  # of several tasks the others are still compared
                 if len(made) == 1:
                     raise
@@ -124,7 +130,7 @@ class Comparison:
             fields = fitting(task, method, {**given, **self.fields}, fixed)
             stated = self.steps or "steps" in self.knobs or self.size == "quick" or protocol
             steps = task.steps if stated else int(ll.get_variant(method).bench.get("steps", task.steps))
-            label = " ".join([method, *(f"{key}={value}" for key, value in self.fields.items())])
+            label = " ".join([method, *(setting(key, value) for key, value in self.fields.items())])
             yield replace(
                 first,
                 method=method,
@@ -183,7 +189,7 @@ class Comparison:
         for job in jobs:
             job = replace(job, lr=1e-3, steps=0)
             progress.update(bar, description=f"costs, measured alone: {job.task} {job.method}")
-            if job.label not in self.failures and key_of(job, "costs") not in file.records:
+            if job.label not in self.failures and file.known(job, "costs") is None:
                 file.append(job, measure(job))
             progress.update(bar, advance=1)
 

@@ -1,10 +1,10 @@
 """Which records belong together: one table for a task, its knobs and a number of steps; one row for a method as it was
-configured. Results of older code do not mix with those of the newest."""
+configured. Results of older code do not mix with those of the newest, or of the one that a command has asked for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,38 +17,41 @@ from .sweep import HALF, QUARTER, shortened
 
 @dataclass
 class Group:
-    """The records of one table. `left_out` is how many there are of other code than the newest."""
+    """The records of one table. `left_out` is how many there are of other code."""
 
     steps: int
     records: list[Record]
     left_out: int = 0
 
 
-def groups(records: Iterable[Record]) -> list[Group]:
+def groups(records: Iterable[Record], asked: Collection[str] = ()) -> list[Group]:
     """One for each task, knobs and number of steps of whole runs. What has no steps (costs, the frozen base), and what
-    was trained for steps of its own (BENCH), is in each of its task and knobs."""
+    was trained for steps of its own (BENCH), is in each of its task and knobs.
+
+    asked  keys whose code goes before code that ran later
+    """
     alike: dict[str, list[Record]] = {}
     for record in records:
         alike.setdefault(f"{record.job.task} {_spelled(record.job.knobs)}", []).append(record)
     found = list[Group]()
     for some in alike.values():
-        newest = _newest(some, 0)
+        newest = _newest(some, 0, asked)
         for method in dict.fromkeys(record.job.method for record in newest):
             mine = [record for record in newest if record.job.method == method]
-            kept = {id(record) for record in _newest(mine, 1)}
+            kept = {id(record) for record in _newest(mine, 1, asked)}
             newest = [record for record in newest if record.job.method != method or id(record) in kept]
         left = len(some) - len(newest)
         found += [Group(steps, [r for r in newest if _belongs(r, steps)], left) for steps in _lengths(newest)]
     return found
 
 
-def _newest(records: Sequence[Record], part: int) -> list[Record]:
-    """Those of the code that ran last: of the task (part 0) or of the method (1). Lines that do not say of which code
-    they are stay."""
+def _newest(records: Sequence[Record], part: int, asked: Collection[str]) -> list[Record]:
+    """Those of the code that ran last, or was asked for: of the task (part 0) or of the method (1). Lines that do not
+    say of which code they are stay."""
     known = [record for record in records if record.code[part]]
     if not known:
         return list(records)
-    last = max(enumerate(known), key=lambda found: (_moment(found[1]), found[0]))[1].code[part]
+    last = max(enumerate(known), key=lambda found: (found[1].key in asked, _moment(found[1]), found[0]))[1].code[part]
     return [record for record in records if record.code[part] in ("", last)]
 
 
@@ -86,7 +89,7 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
         names = {name for fields in configured.values() for name in fields}
         differ = sorted(n for n in names if len({_spelled(fields.get(n)) for fields in configured.values()}) > 1)
         for fields in configured.values():
-            more = [f"{name}={_short(fields[name])}" for name in differ if name in fields]
+            more = [setting(name, _short(fields[name])) for name in differ if name in fields]
             rows[" ".join([label, *more])] = [record for record in mine if _configured(record.job, fields)]
     return rows
 
@@ -98,8 +101,13 @@ def _configured(job: Job, fields: dict[str, Any]) -> bool:
     return _spelled({**job.fields, "r": 0}) == _spelled({**fields, "r": 0})
 
 
-def _short(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def setting(name: str, value: object) -> str:
+    """As it stands in titles and labels: what is empty is spelled, too."""
+    return f"{name}={str(value) or repr(value)}"
+
+
+def _short(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) and value else value
 
 
 def _spelled(value: object) -> str:

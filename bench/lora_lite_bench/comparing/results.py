@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..runs.costing import Costs
 from ..runs.methods import ANCHORS
 from ..runs.run import Job, Result, variant_of, versions
 from ..tasks import task_distribution
+from .kinds import check
 
 KINDS: dict[str, type[Result] | type[Costs]] = {"run": Result, "costs": Costs}
 START = '{"kind": "'
@@ -79,13 +80,17 @@ class ResultsFile:
 
     writes  false in all but one of several processes on the same runs: they keep the lines in memory
     cut     a half line at the end of the file, of a run that was killed while it wrote; it is taken off
+    asked   the keys of what this process has looked for or added
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes, self.cut = path, writes, b""
         self.records: dict[str, Record] = {}
+        self.asked: set[str] = set()
         if path.is_dir():
             raise ResultsError(f"{plain(path)} is a folder; give a file in it, as {plain(path / 'results.jsonl')}")
+        if path.exists() and not path.is_file():  # a device is read without end, a pipe waits
+            raise ResultsError(f"{plain(path)} is a device or a pipe; give a file: --out FILE")
         if writes and not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ResultsError(f"{plain(path)} cannot be written to; give another place: --out FILE")
         if path.exists():
@@ -101,6 +106,11 @@ class ResultsFile:
         elif last and self.writes:  # whole, without its end: somebody edited the file
             self._write(b"\n")
 
+    def known(self, job: Job, kind: str) -> Record | None:
+        """What the file has of a job: "run" or "costs"."""
+        self.asked.add(key := key_of(job, kind))
+        return self.records.get(key)
+
     def append(self, job: Job, outcome: Result | Costs) -> Record:
         kind = "run" if isinstance(outcome, Result) else "costs"
         record = Record(job, outcome, environment(job), time.strftime("%Y-%m-%dT%H:%M:%S%z"), key_of(job, kind))
@@ -108,6 +118,7 @@ class ResultsFile:
         line = {"kind": kind, "key": record.key, "time": record.time, "job": asdict(job), kind: asdict(outcome)}
         text = json.dumps({**line, "environment": record.environment, "code": record.code}, allow_nan=False) + "\n"
         self.records[record.key] = record
+        self.asked.add(record.key)
         if self.writes:
             self._write(text.encode())
             self._forget(record.key)
@@ -143,9 +154,9 @@ class ResultsFile:
             self._unfinished().rmdir()
 
 
-def read(paths: Iterable[Path]) -> list[Record]:
-    """The records of all files, of each key the last. A last line that was cut off while it was written is left out.
-    Raises ResultsError."""
+def read(paths: Iterable[Path], tell: Callable[[str], object] = str) -> list[Record]:
+    """The records of all files, of each key the last. A last line that was cut off while it was written is left out,
+    which `tell` is told. Raises ResultsError."""
     found: dict[str, Record] = {}
     for path in paths:
         try:
@@ -153,8 +164,9 @@ def read(paths: Iterable[Path]) -> list[Record]:
         except (OSError, UnicodeDecodeError) as error:
             raise ResultsError(f"{plain(path)} cannot be read: {told(error)}") from error
         lines = text.split("\n")
-        if begun(lines[-1]):
+        if lines[-1] and begun(lines[-1]):
             lines.pop()
+            tell(f"{plain(path)}: the last line was cut off while it was written; it is left out")
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
@@ -169,20 +181,26 @@ def begun(line: str) -> bool:
         return False
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
 def _record(line: str, place: str) -> Record:
     try:
-        read = json.loads(line)
+        read = json.loads(line, parse_constant=_no_number)
         kind = read["kind"]
-        outcome = KINDS[kind](**read[kind])
+        job, outcome = Job(**read["job"]), KINDS[kind](**read[kind])
         task, method = map(str, read.get("code", ("", "")))
         found = dict(read["environment"]), str(read["time"]), str(read["key"])
-        return Record(Job(**read["job"]), outcome, *found, (task, method))
-    except (ValueError, KeyError, TypeError) as error:
+        for cls, values in ((Job, read["job"]), (KINDS[kind], read[kind]), (Record, {"environment": found[0]})):
+            check(cls, values)
+        return Record(job, outcome, *found, (task, method))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultsError(
             f"{place} is no result of `lora-lite bench` of this version: {plain(told(error))}"
         ) from error

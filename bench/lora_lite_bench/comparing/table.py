@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..runs.costing import Costs
 from ..runs.methods import ANCHORS, FROZEN, MATCHED, REFERENCE
 from ..runs.run import Job, Result
-from .groups import Group, by_row, groups
+from .groups import Group, by_row, groups, setting
 from .noise import Interval, interval, paired, verdict
 from .results import Record
 from .sweep import chosen, loss_of
@@ -93,34 +93,45 @@ class Row:
 
 @dataclass
 class TaskTable:
-    """One task with its knobs, and its rows, best score first, anchors last. `left_out` counts lines of older code."""
+    """One task with its knobs, and its rows, best score first, anchors last. `left_out` counts lines of other code,
+    `keys` are those of its whole runs."""
 
     task: str
     knobs: dict[str, Any]
     steps: int
     rows: list[Row]
     left_out: int = 0
+    keys: frozenset[str] = frozenset()
+
+    def holds(self, asked: Collection[str]) -> bool:
+        """Whether one of its runs, but for the frozen base beside others, is among these."""
+        return not self.keys.isdisjoint(asked)
 
     @property
     def title(self) -> str:
-        knobs = ", ".join(f"{name}={value}" for name, value in self.knobs.items())
-        return f"{self.task}{f' ({knobs})' if knobs else ''}, {self.steps} steps"
+        knobs = ", ".join(setting(name, value) for name, value in self.knobs.items())
+        steps = f"{self.steps} steps" if self.steps else "not trained"
+        return f"{self.task}{f' ({knobs})' if knobs else ''}, {steps}"
 
     def row(self, method: str) -> Row | None:
         """Of a method, as little configured as there is one."""
         return min((row for row in self.rows if row.method == method), key=lambda row: row.suffix != "", default=None)
 
 
-def tables(records: Iterable[Record]) -> list[TaskTable]:
-    """One table for each task, knobs and number of steps that have whole runs."""
-    made = [_table(group) for group in groups(records)]
+def tables(records: Iterable[Record], asked: Collection[str] = ()) -> list[TaskTable]:
+    """One table for each task, knobs and number of steps that have whole runs: of the code that ran last, or of that of
+    the keys that were `asked` for."""
+    made = [_table(group) for group in groups(records, asked)]
     return [table for table in made if table.rows]
 
 
 def _table(group: Group) -> TaskTable:
     rows = [row for row in (_row(label, records) for label, records in by_row(group.records).items()) if row.scores]
     job = group.records[0].job
-    table = TaskTable(job.task, job.knobs, group.steps, rows, group.left_out)
+    whole = [record for record in group.records if isinstance(record.outcome, Result) and record.job.whole]
+    trained = [record for record in whole if record.job.method != FROZEN]
+    keys = frozenset(record.key for record in trained or whole)
+    table = TaskTable(job.task, job.knobs, group.steps, rows, group.left_out, keys)
     any_matched = any("matched" in row.scores for row in rows)
     frozen = next((row.first.own for row in rows if row.method == FROZEN), None)
     for row in rows:

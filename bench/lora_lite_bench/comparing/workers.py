@@ -17,7 +17,7 @@ from typing import Any
 from ..machine.forks import context
 from ..machine.stopping import allow, stop
 from ..runs.run import Job, Result, run
-from .results import ResultsFile, key_of
+from .results import ResultsFile
 from .sweep import Plan
 
 Submit = Callable[[Job, Path], "Future[Result]"]
@@ -103,7 +103,7 @@ def drive(
         rounds[name] = [None] * len(batch)
         for place, job in enumerate(batch):
             jobs[name, place] = job
-            known = file.records.get(key_of(job, "run"))
+            known = file.known(job, "run")
             if known is not None and isinstance(known.outcome, Result):
                 ended(name, place, known.outcome)
             else:

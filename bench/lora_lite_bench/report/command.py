@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
 from lora_lite_core.contract.errors import LoraLiteError
-from lora_lite_core.contract.text import count
+from lora_lite_core.contract.text import count, plain, told
 
 OUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -54,7 +55,7 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
     from .pictures import pictures
 
     try:
-        records = read(files)
+        records = read(files, lambda text: click.echo(text, err=True))
     except LoraLiteError as error:
         raise click.ClickException(str(error)) from error
     made = tables(records)
@@ -67,12 +68,11 @@ def report(files: tuple[Path, ...], page: Path | None, png: Path | None, text: P
         write(text, markdown(made))
         click.echo(f"{text}: {count(len(made), 'table')}")
     if png:
-        png.mkdir(parents=True, exist_ok=True)
-        names, drawn = [table.task for table in made], 0
-        for number, table in enumerate(made):
-            task = f"{table.task}-{number}" if names.count(table.task) > 1 else table.task
+        names, drawn = [_file_name(table.task) for table in made], 0
+        for number, (task, table) in enumerate(zip(names, made, strict=True)):
+            task = f"{task}-{number}" if names.count(task) > 1 else task
             for name, _, figure in pictures(table):
-                (png / f"{task}-{name}.png").write_bytes(as_png(figure))
+                _put(png / f"{task}-{name}.png", as_png(figure))
                 drawn += 1
         click.echo(f"{png}: {count(drawn, 'picture')}")
 
@@ -98,7 +98,20 @@ def _draw(path: Path, folder: Path) -> None:
         figure = adapter_picture(path)
     except LoraLiteError as error:
         raise click.ClickException(str(error)) from error
-    folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"{path.stem}.png"
-    made.write_bytes(png(figure))
+    _put(made, png(figure))
     click.echo(f"{made}: {path.name}")
+
+
+def _file_name(task: str) -> str:
+    """Of a task, which a file may have named like a place elsewhere."""
+    return re.sub(r"[^\w.-]", "_", task)[:100]
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a picture, and make its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise click.ClickException(f"{plain(path)} cannot be written: {told(error)}; give another --png DIR") from error

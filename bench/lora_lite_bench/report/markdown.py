@@ -20,7 +20,7 @@ def _table(table: TaskTable) -> str:
         _line([":--", *["--:"] * (len(HEADS) - 2), ":--"]),
         *(_line(cells(row)) for row in table.rows),
     ]
-    return f"**{_cell(table.title)}**\n\n" + "\n".join(lines) + f"\n\n{caption(table)}\n"
+    return f"**{_cell(table.title)}**\n\n" + "\n".join(lines) + f"\n\n{_escaped(caption(table))}\n"
 
 
 def _line(texts: Sequence[str]) -> str:
@@ -28,4 +28,8 @@ def _line(texts: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return plain(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _escaped(plain(text))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

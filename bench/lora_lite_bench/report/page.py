@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -32,9 +32,9 @@ img { width: 100%; min-width: 44rem; max-width: 72rem; height: auto; } .small { 
 """
 
 
-def write_page(path: Path, records: Sequence[Record]) -> None:
-    """Write the report; it replaces the file that was there only when it is whole."""
-    made = tables(records)
+def write_page(path: Path, records: Sequence[Record], asked: Collection[str] = ()) -> None:
+    """Write the report; it replaces the file that was there only when it is whole. `asked` as of `tables`."""
+    made = tables(records, asked)
     body = "".join(_section(table) for table in made)
     links = " · ".join(f'<a href="#t{n}">{_text(table.title)}</a>' for n, table in enumerate(made))
     for n, _ in enumerate(made):
@@ -72,7 +72,7 @@ def _section(table: TaskTable) -> str:
         else ""
     )
     return (
-        f"<h2>{_text(table.title)}</h2>{_table(table, SCORES)}<p class='small'>{_text(caption(table))}</p>"
+        f"<h2>{_text(table.title)}</h2>{_table(table, SCORES)}<p class='small'>{html.escape(caption(table))}</p>"
         f"{costs}{figures}"
     )
 

@@ -23,7 +23,8 @@ def terminal_tables(table: TaskTable) -> Iterator[Table]:
 def _table(rows: Sequence[tuple[str, ...]], columns: Sequence[int], title: str, below: str) -> Table:
     """Columns that are empty for all methods are left out."""
     shown = [n for n in columns if any(row[n] != "–" for row in rows)]
-    made = Table(title=plain(title), caption=below, title_style="bold", title_justify="left", caption_justify="left")
+    made = Table(title=Text(plain(title)), caption=Text(below))  # brackets in them are no markup
+    made.title_style, made.title_justify, made.caption_justify = "bold", "left", "left"
     for n in shown:
         made.add_column(HEADS[n], justify="left" if n in (0, len(HEADS) - 1) else "right")
     for row in rows:

@@ -87,6 +87,7 @@ class Result:
     """One line of the results file, less what every line has (see results.py).
 
     examples  how many were scored, of "valid" and of "test"
+    notes     what is to be known of its data: see `Task.notes`
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +105,7 @@ class Result:
     train_s: float = 0.0
     at_once: int = 0
     stopped: str = ""
+    notes: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     spectrum: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -134,7 +136,8 @@ def run(job: Job, place: Path | None = None, advance: Callable[[], None] = lambd
 
     Raises RuntimeError when a variant has changed the base's weights, or computes something else after save and load.
     """
-    task, result = job.make_task(), Result()
+    task = job.make_task()
+    result = Result(notes=list(task.notes(job.seed, job.steps)))
     model, processor = fresh(task)
     torch.manual_seed(job.seed)  # of dropout
     parameters = put(job, task, model, processor, result)

@@ -156,6 +156,12 @@ class Task(ABC):
         is. Those of `model`; a task with data adds them. Called after `prepare`."""
         return model_files(self.model)
 
+    def notes(self, seed: int, steps: int) -> Sequence[str]:
+        """What is to be known of the data of a run with this seed and so many steps, as that texts are cut: said before
+        the runs and below the table, and kept with the result. Called after `prepare`. Raises LoraLiteError where
+        nothing would be trained, or scored."""
+        return ()
+
     @classmethod
     def protocol_in(cls, folder: Path, knobs: Mapping[str, Any]) -> Protocol:
         """The protocol that a folder describes, given as `--protocol FOLDER` beside these knobs. Raises LoraLiteError

@@ -10,7 +10,7 @@ import torch
 from lora_lite_core.contract.errors import did_you_mean
 from lora_lite_core.contract.text import plain
 
-COUNTS = ("batch_size", "steps")
+COUNTS = ("batch_size", "steps", "test_count", "valid_count")
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),

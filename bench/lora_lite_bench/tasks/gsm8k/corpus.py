@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,10 +49,24 @@ class Text:
     answer: str
 
 
-@lru_cache(maxsize=6)
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of a part, and what is to be known of those that it had (see `Task.notes`)."""
+
+    texts: tuple[Text, ...]
+    notes: tuple[str, ...]
+
+
 def texts(part: Part, data: str) -> tuple[Text, ...]:
-    """All texts of a part, in the order in which they are used before any seed: "train" without long ones; "valid" is
-    GSM8K's training set in the order of PEFT's comparison, which validates on its first 50. Raises TaskError.
+    """Of `read`."""
+    return read(part, data).texts
+
+
+@lru_cache(maxsize=6)
+def read(part: Part, data: str) -> Corpus:
+    """All texts of a part, in the order in which they are used before any seed: "train" without long and empty ones;
+    "valid" is GSM8K's training set in the order of PEFT's comparison, which validates on its first 50. Raises
+    TaskError: a problem without its question or its final answer is none, and no score could be told from its.
 
     data  a folder with files, or "" for the hub
     """
@@ -64,19 +79,52 @@ def texts(part: Part, data: str) -> tuple[Text, ...]:
         )
     found = _texts(rows, source)
     if part == "train":
-        every, found = found, [text for text in found if len(f"{text.question} {text.answer}") <= LONGEST]
-        if every and not found:
-            raise TaskError(f"{source.file} of task 'gsm8k': each of its texts is longer than {LONGEST:,} characters")
-    elif unanswered := [n for n, text in enumerate(found, 1) if final_answers.answer_of(text.answer) is None]:
-        raise TaskError(
-            f"{source.file} of task 'gsm8k': {len(unanswered):,} of {len(found):,} have no final answer, row "
-            f"{unanswered[0]} is the first; GSM8K's answers end with a line as '#### 12'"
-        )
+        return _lessons(found)
+    notes = _check_problems(found, source)
     if part == "valid":
         order = np.arange(len(found))
         np.random.RandomState(0).shuffle(order)
         found = [found[n] for n in order]
-    return tuple(found)
+    return Corpus(tuple(found), notes)
+
+
+def _lessons(every: list[Text]) -> Corpus:
+    """Those that are trained on."""
+    (query, response), notes = TRAIN.columns, list[str]()
+    reasons: dict[str, Callable[[Text], bool]] = {
+        f"have an empty {query} or {response}": lambda text: not (text.question.strip() and text.answer.strip()),
+        f"are longer than {LONGEST:,} characters": lambda text: len(f"{text.question} {text.answer}") > LONGEST,
+    }
+    found = list(enumerate(every, 1))
+    for reason, is_so in reasons.items():
+        out = [number for number, text in found if is_so(text)]
+        found = [(number, text) for number, text in found if not is_so(text)]
+        said = f"{TRAIN.file}: {len(out):,} of {len(every):,} texts {reason}"
+        if not found:
+            raise TaskError(f"task 'gsm8k': nothing would be trained: {'; '.join([*notes, said])}")
+        notes += [f"{said}, row {out[0]:,} is the first: they are left out"] if out else []
+    return Corpus(tuple(text for _, text in found), tuple(notes))
+
+
+def _check_problems(found: list[Text], source: Source) -> tuple[str, ...]:
+    """What is to be said of problems and their references. Raises TaskError for some that are none."""
+    question, answer = source.columns
+    of, answers = f"of {len(found):,}", [final_answers.reference_of(text.answer) for text in found]
+    if empty := [n for n, text in enumerate(found, 1) if not text.question.strip()]:
+        raise TaskError(
+            f"{source.file} of task 'gsm8k': {len(empty):,} {of} have an empty {question}, row {empty[0]:,} is the "
+            "first; fill it in, or take the row out"
+        )
+    if unanswered := [n for n, one in enumerate(answers, 1) if one is None]:
+        raise TaskError(
+            f"{source.file} of task 'gsm8k': {len(unanswered):,} {of} have no final answer, row {unanswered[0]:,} is "
+            f"the first; the {answer} of GSM8K ends with a line as '#### 12'"
+        )
+    words = [n for n, one in enumerate(answers, 1) if one is not None and final_answers.number(one) is None]
+    if not words:
+        return ()
+    first = f"row {words[0]:,} is the first: {plain(repr(answers[words[0] - 1]), 60)}"
+    return (f"{source.file}: {len(words):,} {of} final answers are no numbers and are compared as text, {first}",)
 
 
 def files(data: str) -> list[Path]:

@@ -31,6 +31,11 @@ def answer_of(text: str, rule: str = "any") -> str | None:
     return RULES[rule](re.split(r"\n?Question:", text, maxsplit=1)[0].strip())
 
 
+def reference_of(text: str) -> str | None:
+    """The final answer in a worked one, by the rule "any"; None, too, where it announces an answer and gives none."""
+    return None if STATED.search(text) and _stated(text) is None else answer_of(text)
+
+
 def same(answer: str | None, reference: str | None) -> bool:
     """Whether both are answers, and the same one."""
     if answer is None or reference is None:

@@ -38,9 +38,9 @@ def check(model: str, quantize: str) -> None:
         AutoConfig.from_pretrained(model)
 
 
-def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> tuple[nn.Module, Any]:
-    """The model in eval mode, and its tokenizer, which pads with a token that it has (or the end of text). Raises
-    TaskError for a model without all of its weights, or a tokenizer that is not its own, or cannot end a text."""
+def tokenizer_of(model: str) -> Any:
+    """The model's tokenizer, which pads with a token that it has (or the end of text). Raises TaskError for one that
+    cannot end a text."""
     with model_of(model):
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     if not tokenizer.tokenize("Question: 1 + 2"):  # transformers makes an empty one where the files are not there
@@ -49,6 +49,13 @@ def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> 
         raise TaskError(f"the tokenizer of {plain(model)} has no end-of-text token: answers could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load(model: str, dtype: torch.dtype, quantize: str, checkpointing: bool) -> tuple[nn.Module, Any]:
+    """The model in eval mode, and its tokenizer. Raises TaskError for a model without all of its weights, or a
+    tokenizer that is not its own."""
+    tokenizer = tokenizer_of(model)
     more: dict[str, Any] = {"quantization_config": _bitsandbytes(quantize, dtype)} if quantize else {}
     with model_of(model):
         found: Any = AutoModelForCausalLM.from_pretrained(

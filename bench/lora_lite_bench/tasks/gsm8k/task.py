@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..interface import Batch, Protocol, Recipe, Split, Task
 from ..lookup import make_task
-from . import corpus, data_files, encoding, final_answers, loading
+from . import corpus, data_files, encoding, final_answers, loading, room
 from .protocols import BASE, PROMPT, PROTOCOLS
 
 
@@ -28,7 +30,7 @@ class Gsm8k(Task):
     prompt         with {query} where the question goes
     between        what stands between the prompt and the answer
     trained_on     "answer", or "all": the loss is of the question's tokens, too
-    length         tokens of a question and its answer, at most
+    length         tokens of a question and its answer, at most: the rest is cut, and that is told (`notes`)
     new_tokens     that are generated, at most
     answers        how a final answer is read: "any", "stated" (PEFT's rule), "strict-match", "flexible-extract"
                    (lm-eval's)
@@ -89,29 +91,58 @@ class Gsm8k(Task):
 
     def batches(self, processor: Any, split: Split, seed: int) -> Iterator[Batch]:
         if split == "train":
-            texts = corpus.texts("train", self.data)
-            generator = torch.Generator().manual_seed(seed)
-            left: list[int] = []
+            drawn = self._drawn(seed)
             while True:
-                while len(left) < self.batch_size:  # the next epoch, in another order
-                    left += torch.randperm(len(texts), generator=generator).tolist()
-                chosen, left = left[: self.batch_size], left[self.batch_size :]
-                yield self._encoded(processor, [texts[n] for n in chosen])
+                yield self._learnable(processor, drawn)
         elif split != "own":
-            texts = corpus.texts(split, self.data)[: self.valid_count if split == "valid" else self.test_count]
+            texts = self._problems(split)
             for start in range(0, len(texts), self.scored_at_once):
                 yield self._encoded(processor, texts[start : start + self.scored_at_once], asked=True)
 
+    def _problems(self, split: Literal["valid", "test"]) -> tuple[corpus.Text, ...]:
+        return corpus.texts(split, self.data)[: self.valid_count if split == "valid" else self.test_count]
+
+    def _drawn(self, seed: int) -> Iterator[corpus.Text]:
+        """The texts that are trained on, without end: each epoch in another order."""
+        texts = corpus.texts("train", self.data)
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from (texts[n] for n in torch.randperm(len(texts), generator=generator).tolist())
+
+    def _learnable(self, processor: Any, drawn: Iterator[corpus.Text]) -> Batch:
+        """The next batch, past texts of which no token would be trained. Raises TaskError where all are so."""
+        texts, passed = list(islice(drawn, self.batch_size)), 0
+        while not (learns := encoding.learns(batch := self._encoded(processor, texts))).all():
+            texts = [text for text, kept in zip(texts, learns.tolist(), strict=True) if kept]
+            passed += self.batch_size - len(texts)
+            if passed > len(every := corpus.texts("train", self.data)):
+                self._train_notes(processor, every)
+            texts += islice(drawn, self.batch_size - len(texts))
+        return batch
+
     def _encoded(self, processor: Any, texts: Sequence[corpus.Text], *, asked: bool = False) -> Batch:
         """With the prompts and the right answers as text where they are `asked`."""
-        prompts = [self.prompt.replace("{query}", text.question) for text in texts]
-        found: Batch = encoding.encode(
-            processor, prompts, [self.between + text.answer for text in texts], self.length, self.trained_on == "all"
-        )
+        prompts, answers = self._spelled(texts)
+        found: Batch = encoding.encode(processor, prompts, answers, self.length, self.trained_on == "all")
         return {**found, "prompts": prompts, "answers": [text.answer for text in texts]} if asked else found
 
+    def _spelled(self, texts: Sequence[corpus.Text]) -> tuple[list[str], list[str]]:
+        """Prompts and answers, as they are made tokens."""
+        prompts = [self.prompt.replace("{query}", text.question) for text in texts]
+        return prompts, [self.between + text.answer for text in texts]
+
+    def notes(self, seed: int, steps: int) -> Sequence[str]:
+        """Which texts are longer than `length`, of those that such a run draws and of the problems."""
+        return _notes(self, seed, steps)
+
+    def _train_notes(self, tokenizer: Any, texts: Sequence[corpus.Text]) -> list[str]:
+        every = self.trained_on == "all"
+        return room.of_training(tokenizer, *self._spelled(texts), self.length, every, corpus.TRAIN.file)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**self.inputs(batch), use_cache=False).loss.float()
+        """Zero of examples without a label, which are none of those that are trained on."""
+        found = model(**self.inputs(batch), use_cache=False).loss.float()
+        return found if self.weight(batch) else torch.zeros_like(found)
 
     def weight(self, batch: Batch) -> float:
         """The tokens that the loss is the mean over."""
@@ -141,7 +172,7 @@ class Gsm8k(Task):
         return not self.quantize
 
     def sources(self) -> tuple[type | ModuleType, ...]:
-        return (Gsm8k, corpus, data_files, encoding, final_answers, loading)
+        return (Gsm8k, corpus, data_files, encoding, final_answers, loading, room)
 
     def files(self) -> Sequence[Path]:
         return [*super().files(), *(corpus.files(self.data) if self.data else ())]
@@ -152,3 +183,15 @@ class Gsm8k(Task):
         from .experiment import read_experiment
 
         return read_experiment(folder, lambda found: make_task("gsm8k", {**found, **knobs}))
+
+
+@lru_cache(maxsize=64)
+def _notes(task: Gsm8k, seed: int, steps: int) -> tuple[str, ...]:
+    tokenizer = loading.tokenizer_of(task.model)
+    found = [note for part in corpus.SOURCES if steps or part != "train" for note in corpus.read(part, task.data).notes]
+    count = min(steps * task.batch_size, len(corpus.texts("train", task.data)))
+    found += task._train_notes(tokenizer, list(islice(task._drawn(seed), count)))
+    for split in ("valid", "test"):
+        prompts, _ = task._spelled(task._problems(split))
+        found += room.of_problems(tokenizer, prompts, task.length, task.new_tokens, corpus.SOURCES[split].file)
+    return tuple(found)
