@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from ..layers.kinds.embedding import project
 
 FEW_ROWS = 8  # below: entry by entry
-WORTH = (
-    3 * 2**19
-)  # measured: shares of 1/8 to 1/128 of 512² to 2048² entries, 16 to 2048 rows; where equal, about as fast
+WORTH = 3 * 2**19  # measured: shares of 1/8 to 1/128 of 512² to 2048² entries, 16 to 2048 rows; where equal, as fast
 
 
 def lowrank_delta(x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
