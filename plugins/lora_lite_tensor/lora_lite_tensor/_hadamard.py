@@ -44,7 +44,7 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
         matrix = x.new_empty(len(B1), x.shape[-1])
         for rows in _blocks(*matrix.shape):
-            _multiply(B1[rows] @ A1, B2[rows] @ A2, matrix[rows])
+            torch.mul(B1[rows] @ A1, B2[rows] @ A2, out=matrix[rows])
         return F.linear(x, matrix)
 
     @staticmethod
@@ -68,13 +68,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
-    if out.dtype == first.dtype:
-        torch.mul(first, second, out=out)
-    else:
-        out.copy_(first * second)
-
-
 def _gradients(gradient: Tensor, x: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> tuple[Tensor, ...]:
     first, second, of_matrix = B1 @ A1, B2 @ A2, (gradient.T @ x).to(B1.dtype)
     of_first, of_second = of_matrix * second, of_matrix * first
@@ -92,7 +85,7 @@ def _gradients_in_blocks(
     for rows in _blocks(*matrix.shape):
         b1, b2, of = B1[rows], B2[rows], of_matrix[rows].to(A1.dtype)
         first, second = b1 @ A1, b2 @ A2
-        _multiply(first, second, matrix[rows])
+        torch.mul(first, second, out=matrix[rows])
         each = (b1, A1, second.mul_(of), of_A1, of_B1), (b2, A2, first.mul_(of), of_A2, of_B2)
         for b, A, of_one, of_A, of_B in each:
             torch.mm(of_one, A.T, out=of_B[rows])
