@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lora_lite_core import LowRankConfig, ParamSpec, Target, hookimpl, lowrank_delta
+from lora_lite_core import LowRankConfig, ParamSpec, Target, hookimpl, project
 
 from ._peft import Pair, Sizes, fill_corners
 from ._peft_randlora import randlora_from_peft, randlora_to_peft
@@ -74,12 +75,13 @@ def group_init(targets: tuple[Target, ...], cfg: RandLoRAConfig) -> None:
 @hookimpl
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: RandLoRAConfig) -> Tensor:
     A, B, l, g = (params[name] for name in ("lora_A", "lora_B", "lora_l", "lora_g"))
-    gamma = g + 1 / A.shape[1]
-    small = (l.unsqueeze(2) * A.unsqueeze(1) * gamma).flatten(0, 1)  # row k n + j is row k of Λ_j A Γ_j
-    large = B.flatten(1)
-    if large.shape[0] == y.shape[-1]:
-        return lowrank_delta(x, small, large, cfg.scale).to(y.dtype).add_(y)
-    return lowrank_delta(x, large.T, small.T, cfg.scale).to(y.dtype).add_(y)
+    small, l, large = A.unsqueeze(1) * (g + 1 / A.shape[1]), l * cfg.scale, B.flatten(1)
+    few = x.numel() <= A.shape[1] * (x.shape[-1] if x.is_floating_point() else 1)  # rows; else Λ is put on the matrix
+    small = (small if few else small * l.unsqueeze(2)).flatten(0, 1)  # row k n + j is row k of Λ_j A Γ_j
+    first, second = (small, large) if large.shape[0] == y.shape[-1] else (large.T, small.T)
+    hidden = project(x, first)
+    hidden = hidden * l.flatten().to(hidden.dtype) if few else hidden
+    return F.linear(hidden, second.to(hidden.dtype)).to(y.dtype).add_(y)
 
 
 @hookimpl

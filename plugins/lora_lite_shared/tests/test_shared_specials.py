@@ -342,3 +342,13 @@ def test_merged_it_is_the_same(name: str) -> None:
     expected: Tensor = model(token_ids()).detach()
     ll.merge(model)
     torch.testing.assert_close(model(token_ids()).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(6, 9), (9, 6)])
+def test_randlora_of_many_rows_is_that_of_few(d_in: int, d_out: int) -> None:
+    """Λ is put on the matrix, or on what it gives."""
+    model = nn.Sequential(nn.Linear(d_in, d_out, dtype=torch.float64))
+    for parameter in ll.attach(model, ll.RandLoRAConfig(r=2, alpha=3)).parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(20, d_in, dtype=torch.float64)
+    torch.testing.assert_close(model(x), torch.cat([model(part) for part in x.split(2)]))

@@ -80,7 +80,7 @@ def _change(spectrum: Tensor, places: Tensor, d_out: int, d_in: int) -> Tensor:
     for u, v in ((row, column), (-row % d_out, -column % d_in)):
         inside = v <= d_in // 2
         place = torch.where(inside, u * (d_in // 2 + 1) + v, 0)
-        half = half.index_add(0, place, torch.where(inside, spectrum / 2, 0))
+        half.index_add_(0, place, torch.where(inside, spectrum / 2, 0))
     return torch.fft.irfft2(half.view(d_out, -1), s=(d_out, d_in))
 
 

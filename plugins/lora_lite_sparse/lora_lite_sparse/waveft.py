@@ -86,7 +86,7 @@ def param_specs(d_in: int, d_out: int, cfg: WaveFTConfig) -> dict[str, ParamSpec
 def forward(x: Tensor, y: Tensor, params: dict[str, Tensor], cfg: WaveFTConfig) -> Tensor:
     spectrum = params["lora_spectrum"].to(torch.promote_types(params["lora_spectrum"].dtype, torch.float32))
     (d_out, d_in), low = (y.shape[-1], x.shape[-1]), DAUBECHIES[cfg.wavelet_family]
-    C = spectrum.new_zeros(d_out * d_in).index_add(0, params["lora_places"], spectrum * cfg.scaling).view(d_out, d_in)
+    C = spectrum.new_zeros(d_out * d_in).index_add_(0, params["lora_places"], spectrum * cfg.scaling).view(d_out, d_in)
     if cfg.use_idwt:
         more, rows, columns = len(low) - 2, d_out % 2, d_in % 2
         C = F.pad(C, (more // 2, more // 2 + columns, more // 2, more // 2 + rows))
