@@ -206,7 +206,7 @@ def _named(asked: tuple[str, ...], everything: bool) -> tuple[tuple[str, ...], d
 
 
 # A method of each kind, for a first table in minutes; every variant of another project's package comes with them.
-FEW = ("dora", "hra", "ia3", "lora", "lora_xs", "oft", "pissa", "vera")
+FEW = ("dora", "ia3", "lora", "lora_xs", "oft", "pissa", "vera")
 
 
 def variant_names(asked: tuple[str, ...], everything: bool = False) -> list[str]:

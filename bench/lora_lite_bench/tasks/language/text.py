@@ -24,7 +24,7 @@ class TextTask(Task):
     """Questions and answers as text. An answer counts when every token of it, and its end, is the model's first choice:
     exactly when greedy generation writes it.
 
-    test_count, valid_count  how many problems; the base's own task is scored on as many as the test
+    test_count, valid_count  how many problems; the base's own task is scored on as many as validation
     """
 
     SHORT: ClassVar[Mapping[str, Any]] = {"steps": 48, "batch_size": 16, "test_count": 300, "valid_count": 100}
@@ -50,7 +50,7 @@ class TextTask(Task):
             rng = random.Random(f"train {seed}")
             while True:
                 yield encode(processor, self.drawn(rng))
-        asked = problems("own", "test", self.test_count, seed=0) if split == "own" else self.held_out(split)
+        asked = problems("own", "test", self.valid_count, seed=0) if split == "own" else self.held_out(split)
         for start in range(0, len(asked), SCORED_AT_ONCE):
             yield encode(processor, asked[start : start + SCORED_AT_ONCE])
 
