@@ -147,7 +147,7 @@ def test_layers_that_are_read_without_a_call_are_refused(name: str) -> None:
         ll.attach(model, ll.LoRAConfig(r=2), check_inputs=inputs)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "hra"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "hra"))])
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_train_merge_and_come_back(name: str, method: str, tmp_path: Path) -> None:
     make, inputs = MODELS[name]

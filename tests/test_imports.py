@@ -51,6 +51,7 @@ def test_inspecting_a_file_imports_no_torch(tmp_path) -> None:
     assert not loaded_by(code) & {"torch", "numpy", *PLUGINS}
 
 
+@pytest.mark.slow
 def test_attaching_does_not_pay_for_the_listing() -> None:
     code = """
 import sys, torch, lora_lite as ll
@@ -130,6 +131,7 @@ print(time.process_time() - start)
     assert min(float(python(code).splitlines()[-1]) for _ in range(3)) < 0.5
 
 
+@pytest.mark.slow
 def test_names_resolve_to_one_object_through_both_packages() -> None:
     python("""
 import lora_lite, lora_lite_core

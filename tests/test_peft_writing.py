@@ -206,6 +206,7 @@ def test_a_failure_at_any_step(there: bool, error: BaseException, tmp_path: Path
         assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS, REPORT], number
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_at_any_step(tmp_path: Path) -> None:
     """What is left is one adapter or none, never a mixture; the next export makes it whole, one that fails brings back
     what was there."""

@@ -108,6 +108,7 @@ def test_a_length_without_end_takes_no_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_the_largest_header_takes_seconds_at_most(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

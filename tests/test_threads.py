@@ -153,7 +153,9 @@ SERVED: dict[str, tuple[Callable[[], nn.Module], Operation, Operation]] = {
 }
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if n % 2 else [pytest.mark.slow]) for n, name in enumerate(SERVED)]
+)
 def test_whatever_an_operation_is_at_the_base_is_served(name: str, thread: Thread, tmp_path: Path) -> None:
     """Before every line of the operation another thread runs a whole forward pass."""
     make, prepare, operate = SERVED[name]
@@ -175,7 +177,9 @@ def test_whatever_an_operation_is_at_the_base_is_served(name: str, thread: Threa
 MEANWHILE = [name for name in SERVED if name not in ("save", "merge elsewhere", "coverage", "attach, check_inputs")]
 
 
-@pytest.mark.parametrize("name", MEANWHILE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if n % 2 else []) for n, name in enumerate(MEANWHILE)]
+)
 def test_a_forward_pass_that_an_operation_overtakes(name: str, thread: Thread, tmp_path: Path) -> None:
     """Before every line of a forward pass, in torch's code and ours, another thread does the whole operation."""
     make, prepare, operate = SERVED[name]
