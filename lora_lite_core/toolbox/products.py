@@ -102,12 +102,9 @@ def _summed(columns: Tensor, places: Tensor, values: Tensor, d_out: int) -> Tens
     d_in, (places, order) = len(columns), _ordered(places)
     if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < d_out * d_in:
         raise IndexError(f"places from {int(places[0])} to {int(places[-1])} are not in a ({d_out}, {d_in}) matrix")
-    starts, values = torch.searchsorted(places, torch.arange(0, d_out * d_in, d_in)), _taken(values, order)
-    return F.embedding_bag(places % d_in, columns, starts, mode="sum", per_sample_weights=values)
-
-
-def _taken(values: Tensor, order: Tensor | None) -> Tensor:
-    return values if order is None else values[order]
+    starts = torch.searchsorted(places, torch.arange(0, d_out * d_in, d_in))
+    weights = values if order is None else values[order]
+    return F.embedding_bag(places % d_in, columns, starts, mode="sum", per_sample_weights=weights)
 
 
 def _sampled(columns: Tensor, x: Tensor, places: Tensor) -> Tensor:

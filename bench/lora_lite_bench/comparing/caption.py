@@ -74,11 +74,10 @@ def _other_steps(table: TaskTable) -> list[str]:
 
 def _words(rows: list[Row]) -> list[str]:
     """What the columns are that are there for some tables only."""
-    others = [row for row in rows if row.method not in (REFERENCE, *ANCHORS)]
-    said = list[str]()
+    methods, said = {row.method for row in rows} - {*ANCHORS}, list[str]()
     if any("matched" in row.scores for row in rows):
         said.append(f"Matched: with the rank that trains as many parameters as {REFERENCE}")
-    elif others and len(others) < sum(row.method not in ANCHORS for row in rows):
+    elif {REFERENCE} < methods:
         said.append(f"Each at its own rank: a column with as many parameters as {REFERENCE} is made by --full")
     if any(row.forgets for row in rows):
         said.append("Forgets %: points that the base's own task has lost")

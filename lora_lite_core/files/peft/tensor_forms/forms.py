@@ -76,8 +76,9 @@ def written_form(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[s
         "lora_B.bias": lambda tensor: tensor.shape,
         "lora_magnitude_vector": lambda tensor: (1, len(tensor), *ones),
     }
-    own = {name: shape(tensors[name]) for name, shape in shapes.items() if name in tensors}
-    return {name: tensor.reshape(own.get(name, tensor.shape)) for name, tensor in tensors.items()}
+    return {
+        name: tensor.reshape(shapes[name](tensor)) if name in shapes else tensor for name, tensor in tensors.items()
+    }
 
 
 def _of_experts(target: Target, each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
